@@ -1,0 +1,231 @@
+"""Score a checkpoint: Pr@0.5-0.9, oIoU and mIoU of a split, by two protocols.
+
+    python evaluate.py --ckpt best.pt                                  the data set it was trained on, split test
+    python evaluate.py --ckpt best.pt --data RRSIS-D --split val --json scores.json
+
+A sample is one (object, phrase) pair. IoU = I / U of its mask, mIoU their mean, oIoU = sum I / sum U, Pr@X the share of
+samples with IoU >= X; all times 100. The protocols:
+
+    ours   the mask logits are resized in one step (bilinear) to the size the mask is stored at and scored there; a
+           correct "nothing there" (both masks empty) counts 1
+    paper  scored at the network's input size against the mask resized to it (nearest), as released; an empty union
+           counts 0
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import Collate, DataError, open_dataset
+from model import CheckpointError, load_checkpoint
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+PROTOCOLS = ("ours", "paper")
+
+
+def iou_counts(prediction: np.ndarray, target: np.ndarray) -> tuple[int, int]:
+    """Pixels in the intersection and in the union of two masks (H, W) of 0 and 1."""
+    prediction, target = prediction.astype(bool), target.astype(bool)
+    return int((prediction & target).sum()), int((prediction | target).sum())
+
+
+def sample_iou(intersection, union, protocol: str) -> np.ndarray:
+    """IoU per sample (n,) float64; an empty union counts 1 in protocol `ours` and 0 in `paper`."""
+    empty = 1.0 if protocol == "ours" else 0.0
+    intersection, union = np.asarray(intersection, dtype=np.float64), np.asarray(union, dtype=np.float64)
+    return np.where(union > 0, intersection / np.maximum(union, 1), empty)
+
+
+def summarise(intersection, union, protocol: str = "ours") -> dict[str, float]:
+    """{"mIoU", "oIoU", "Pr@0.5", ..., "samples"} of per-sample counts (n,), in per cent."""
+    iou = sample_iou(intersection, union, protocol)
+    overall = sample_iou(np.sum(intersection), np.sum(union), protocol)
+    scores = {"mIoU": 100 * float(iou.mean()), "oIoU": 100 * float(overall)}
+    scores |= {f"Pr@{t}": 100 * float((iou >= t).mean()) for t in THRESHOLDS}
+    return scores | {"samples": len(iou)}
+
+
+def summarise_rows(rows: list[dict], protocol: str) -> dict[str, float]:
+    return summarise([r["intersection"] for r in rows], [r["union"] for r in rows], protocol)
+
+
+def by_group(rows: list[dict], key: str, protocol: str) -> dict[str, dict[str, float]]:
+    """Scores of the rows that share a value of `key`, for every non-empty value, sorted by it."""
+    groups = sorted({row[key] for row in rows} - {""})
+    return {group: summarise_rows([r for r in rows if r[key] == group], protocol) for group in groups}
+
+
+def masks_at(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Mask logits (1, 1, h, w) -> bool (H, W) at `size`."""
+    return (F.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0] > 0).cpu().numpy()
+
+
+def to_device(batch: dict, device) -> dict:
+    """The tensors of a batch, moved; the rest as it is."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def autocast(device: torch.device):
+    """Mixed precision where it pays: on CUDA, in bfloat16 where the card has it, else float16."""
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+    return torch.autocast(device.type, dtype=dtype, enabled=device.type == "cuda")
+
+
+@torch.inference_mode()
+def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", forward=None) -> list[dict]:
+    """Run the model over a data set -> one row a sample: id, phrase, kind, category, intersection, union, iou.
+
+    The model is put into evaluation mode and back. `forward` is what is called instead of it (its compiled form).
+    """
+    device = next(model.parameters()).device
+    loader = DataLoader(
+        dataset, batch_size, num_workers=workers, collate_fn=Collate(model.union_encoder.tokenizer),
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    rows, was_training = [], model.training
+    model.eval()
+    for batch in tqdm(loader, title, leave=False, disable=None):
+        batch = to_device(batch, device)
+        images = model.normalise(batch["image"], batch["encoder_image"])
+        with autocast(device):
+            output = (forward or model)(*images, batch["ids"], batch["lengths"])
+        for i, logits in enumerate(output.logits.float().split(1)):
+            target = batch["mask"][i] if protocol == "ours" else batch["target"][i]
+            intersection, union = iou_counts(masks_at(logits, target.shape), target.cpu().numpy())
+            row = {key: batch[key][i] for key in ("id", "phrase", "kind", "category")}
+            rows.append(row | {"intersection": intersection, "union": union})
+    for row in rows:
+        row["iou"] = float(sample_iou(row["intersection"], row["union"], protocol))
+    model.train(was_training)
+    return rows
+
+
+def table(scores: dict[str, dict[str, float]]) -> str:
+    """Named rows of scores as an aligned text table."""
+    columns = [*(f"Pr@{t}" for t in THRESHOLDS), "oIoU", "mIoU"]
+    width = max(map(len, scores)) + 2
+    lines = [" " * width + "".join(f"{c:>8}" for c in columns) + f"{'samples':>9}"]
+    for name, row in scores.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{row[c]:8.2f}" for c in columns) + f"{row['samples']:9d}")
+    return "\n".join(lines)
+
+
+def picture(image: np.ndarray, pictures: list[np.ndarray], phrase: str, note: str, size: int = 256) -> np.ndarray:
+    """One row of a panel: the image and masks side by side under a line of text. uint8 RGB (size + 28, n * size, 3)."""
+    cells = [cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)]
+    for mask in pictures:  # float (h, w) in [0, 1], tinted over the image
+        mask = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)[..., None]
+        cells.append((cells[0] * (1 - 0.6 * mask) + np.array([255, 40, 40]) * 0.6 * mask).astype(np.uint8))
+    text = np.full((28, size * len(cells), 3), 255, np.uint8)
+    line = f"{note}  {phrase}".encode("ascii", "replace").decode()
+    cv2.putText(text, line, (6, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([text, np.concatenate(cells, axis=1)])
+
+
+@torch.inference_mode()
+def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
+    """A PNG with one row a sample: image, truth, pseudo-mask, prediction; its IoU and phrase above."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    rows = []
+    for index in indices:
+        batch = to_device(Collate(model.union_encoder.tokenizer)([dataset[index]]), device)
+        with autocast(device):
+            output = model(*model.normalise(batch["image"], batch["encoder_image"]), batch["ids"], batch["lengths"])
+        truth = batch["mask"][0].cpu().numpy()
+        prediction = masks_at(output.logits.float(), truth.shape)
+        pseudo = output.pseudo_mask.float().sigmoid()[0, 0].cpu().numpy()
+        iou = float(sample_iou(*iou_counts(prediction, truth), "ours"))
+        image = batch["image"][0].permute(1, 2, 0).cpu().numpy()
+        rows.append(picture(image, [truth, pseudo, prediction], batch["phrase"][0], f"IoU {iou:.2f}"))
+    cv2.imwrite(str(path), cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR))
+    model.train(was_training)
+
+
+def best_median_worst(rows: list[dict], n: int) -> list[int]:
+    """Indices of n samples: the best, those around the median, the worst, a third each."""
+    order = sorted(range(len(rows)), key=lambda i: -rows[i]["iou"])
+    n = min(n, len(order))
+    best, worst = (n + 2) // 3, n // 3
+    middle = n - best - worst
+    start = min(max((len(order) - middle) // 2, best), len(order) - worst - middle)
+    return order[:best] + order[start : start + middle] + (order[-worst:] if worst else [])
+
+
+def report(rows: list[dict], protocol: str) -> dict:
+    """Everything that is said of a run: {"scores", "by kind", "by category"}."""
+    groups = {f"by {key}": by_group(rows, key, protocol) for key in ("kind", "category")}
+    return {"scores": summarise_rows(rows, protocol)} | {k: v for k, v in groups.items() if v}
+
+
+def print_report(result: dict) -> None:
+    print(table({"all": result["scores"]} | result.get("by kind", {}) | result.get("by category", {})))
+
+
+def free_path(path: Path) -> Path:
+    """`path`, or the first path-2, path-3 ... that does not exist: nothing is overwritten."""
+    number, free = 2, path
+    while free.exists():
+        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    return free
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--ckpt", type=Path, default="best.pt", help="a checkpoint of train.py")
+    parser.add_argument("--data", help="data set by name or path (default: the one the checkpoint was trained on)")
+    parser.add_argument("--split", help="train, val or test (default: test, or val where there is none)")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="ours", help="how to score: see above")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and one row a sample here")
+    parser.add_argument("--panels", type=int, default=0, metavar="N", help="write pictures of N best, median, worst cases")
+    args = parser.parse_args()
+    try:
+        if args.json and args.json.exists():
+            raise DataError(f"{args.json} exists: name another file, nothing is overwritten")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model, checkpoint = load_checkpoint(args.ckpt, device)
+        data = args.data or checkpoint["data"]
+        sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
+        dataset = open_split(data, args.split, **sizes)
+    except (DataError, CheckpointError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+    rows = score(model, dataset, args.protocol)
+    result = report(rows, args.protocol)
+    print(f"{args.ckpt} on {data}, split {dataset.split}, protocol {args.protocol}")
+    print_report(result)
+    if args.json:
+        facts = {k: checkpoint[k] for k in ("model_name", "revision", "epoch")}
+        facts |= {"ckpt": str(args.ckpt), "data": data, "split": dataset.split, "protocol": args.protocol}
+        args.json.write_text(json.dumps(facts | result | {"rows": rows}, indent=1))
+        print(f"wrote {args.json}")
+    if args.panels:
+        path = free_path(Path(f"panels-{dataset.split}.png"))
+        write_panels(path, model, dataset, best_median_worst(rows, args.panels))
+        print(f"wrote {path}")
+
+
+def open_split(data: str, split: str | None, **sizes):
+    """The split asked for; without one the test split, or the validation split where there is no test."""
+    if split:
+        return open_dataset(data, split, **sizes)
+    try:
+        return open_dataset(data, "test", **sizes)
+    except DataError as no_test:
+        try:
+            return open_dataset(data, "val", **sizes)
+        except DataError:
+            raise no_test from None
+
+
+if __name__ == "__main__":
+    main()

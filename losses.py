@@ -1,0 +1,87 @@
+"""The training loss: cross-entropy + Dice + the text-guided boundary loss (+ an optional one on the pseudo-mask).
+
+Everything takes one logit z a pixel. The published model puts out two channels (1 - p, p), whose soft-max is
+sigmoid(2p - 1); our z is that 2p - 1: the same probability, and z > 0 the same decision as arg-max.
+
+Every term is computed per sample and averaged over the samples, so a batch of 8, 8 cards and 8 accumulated steps mean
+the same; with one sample the values of cross-entropy and Dice are the published ones.
+Letters: B batch, H W image height and width. z (B, H, W) float, target (B, H, W) of 0 and 1 -> (B,) unless stated.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLASS_WEIGHTS = (0.9, 1.1)  # background, foreground; as published
+EDGE_FLOOR = 1e-3  # keeps the best boundary weight finite when the edges agree exactly
+
+
+def cross_entropy(z: Tensor, target: Tensor) -> Tensor:
+    """Class-weighted cross-entropy, divided by the sum of the weights of the sample's pixels. (B,)"""
+    background, foreground = CLASS_WEIGHTS
+    target = target.to(z.dtype)  # (B, H, W)
+    weight = background + (foreground - background) * target  # (B, H, W)
+    pixel = F.binary_cross_entropy_with_logits(z, target, weight, reduction="none")  # (B, H, W)
+    return pixel.sum((1, 2)) / weight.sum((1, 2))  # (B,)
+
+
+def dice(z: Tensor, target: Tensor) -> Tensor:
+    """Dice loss of background plus that of foreground, between 0 and 2. (B,)"""
+    target = target.to(z.dtype)  # (B, H, W)
+    loss = 0.0
+    for p, y in ((torch.sigmoid(-z), 1 - target), (torch.sigmoid(z), target)):  # background, foreground
+        overlap, total = (p * y).sum((1, 2)), (p + y).sum((1, 2))  # (B,), (B,)
+        loss = loss + 1 - (2 * overlap + 1e-6) / (total + 1e-6)  # (B,)
+    return loss
+
+
+def edges(mask: Tensor) -> Tensor:
+    """Edge strength |difference to the pixel above| + |difference to the pixel on the left|, nothing before the first row
+    and column. (B, H, W) -> (B, H, W) in [0, 2] for a mask in [0, 1]."""
+    vertical = F.pad((mask[:, 1:] - mask[:, :-1]).abs(), (0, 0, 1, 0))  # (B, H, W)
+    horizontal = F.pad((mask[:, :, 1:] - mask[:, :, :-1]).abs(), (1, 0))  # (B, H, W)
+    return vertical + horizontal  # (B, H, W)
+
+
+def boundary(z: Tensor, target: Tensor, log_weight: Tensor) -> Tensor:
+    """Text-guided boundary loss: the squared difference of edge maps, weighted by w = exp(log_weight) > 0, one a phrase.
+
+    log_weight (B,) comes from the sentence token. With e the mean squared difference of the edges of sigmoid(z) and of
+    the target, the loss is w^2 (e + EDGE_FLOOR) - log w: for fixed edges its minimiser w = 1/sqrt(2 (e + floor)) is
+    finite and positive, and it tends to infinity as w tends to 0. The edges are those of the probability map, so the
+    mask gets a gradient (the published ones are of the thresholded mask and pass none, see `published_boundary`).
+    """
+    error = (edges(torch.sigmoid(z)) - edges(target.to(z.dtype))).square().mean((1, 2))  # (B,)
+    return torch.exp(2 * log_weight) * (error + EDGE_FLOOR) - log_weight  # (B,)
+
+
+def published_boundary(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The boundary loss as released, for comparisons: mean (G(m) w - G(y) w)^2 with m = [p > 0], that is [z > -1].
+
+    weight broadcasts over (B, H, W), any sign. No gradient reaches z; w alone is trained, towards 0.
+    """
+    difference = edges((z > -1).to(z.dtype)) - edges(target.to(z.dtype))  # (B, H, W)
+    return (difference * weight).square().mean((1, 2))  # (B,)
+
+
+def pseudo_mask_loss(pseudo: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the pseudo-mask's logits (B, 1, g, g) against the share of foreground in each cell. (B,)"""
+    share = F.interpolate(target[:, None].to(pseudo.dtype), pseudo.shape[-2:], mode="area")  # (B, 1, g, g)
+    return F.binary_cross_entropy_with_logits(pseudo, share, reduction="none").mean((1, 2, 3))  # (B,)
+
+
+def total_loss(output, target: Tensor, ce=1.0, dice_weight=0.1, boundary_weight=0.2, pseudo=0.0) -> dict[str, Tensor]:
+    """The weighted sum over a batch and its terms, each a scalar: {"loss", "ce", "dice", "boundary"[, "pseudo"]}.
+
+    output is a `model.Output`, target (B, H, W) of 0 and 1; the logits are brought to the target's size (bilinear) and
+    to float32 first. Default coefficients: the paper's (its released code uses 0.9, 0.1, 0.2).
+    """
+    z = F.interpolate(output.logits.float(), target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]  # (B, H, W)
+    terms = {
+        "ce": ce * cross_entropy(z, target).mean(),
+        "dice": dice_weight * dice(z, target).mean(),
+        "boundary": boundary_weight * boundary(z, target, output.log_weight.float()).mean(),
+    }
+    if pseudo:
+        terms["pseudo"] = pseudo * pseudo_mask_loss(output.pseudo_mask.float(), target).mean()
+    return {"loss": sum(terms.values()), **terms}

@@ -1,0 +1,273 @@
+"""RS2-SAM 2: an overhead image and a phrase in, the mask of what the phrase names out.
+
+The forward pass in the order of the paper's figure:
+
+    image, phrase --> union encoder --> class token, visual tokens, text tokens
+    text tokens + image --> SAM 2's image encoder with the bidirectional hierarchical fusion module (fusion.py)
+    class token + visual tokens --> mask prompt generator --> pseudo-mask: the dense prompt (prompt_gen.py)
+    class token --> the sparse prompt
+    everything --> SAM 2's mask decoder --> mask logits
+
+SAM 2's classes come from the `sam2` package and are built from its YAML files; nothing of its video memory is.
+Letters: B batch, S side of the image, E side of the union encoder's image, L text tokens, W width of the union
+encoder, C width of SAM 2's decoder, g side of the union encoder's grid, s = S/16 side of SAM 2's image embedding.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import sam2
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from sam2.modeling.sam.mask_decoder import MaskDecoder
+from sam2.modeling.sam.prompt_encoder import PromptEncoder
+from sam2.modeling.sam.transformer import TwoWayTransformer
+from torch import Tensor, nn
+
+from encoder import IMAGENET_MEAN, IMAGENET_STD, BEiT3Encoder, OpenCLIPEncoder
+from fusion import DecoderFusion, FusedHiera
+from prompt_gen import MaskPromptGenerator, SparsePrompt, dense_prompt
+from weights import load_open_clip, open_clip_model
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that fixes the network. A checkpoint holds it, so it can be rebuilt from the file alone.
+
+    architecture: 'published' (the paper's release, to the letter) or 'ours': position codes in every adapter, before the
+    pseudo-mask's match and in the decoder's fusion, four sparse tokens instead of one, and the pseudo-mask enters SAM 2's
+    mask path as logits, for which that path was trained, instead of as a probability.
+    """
+
+    architecture: str
+    sam2: str  # a YAML file of the sam2 package, under its configs/
+    encoder: str  # 'open_clip' or 'beit3'
+    encoder_args: dict  # of OpenCLIPEncoder or BEiT3Encoder
+    encoder_name: str | dict = ""  # open_clip's model name, or the arguments of open_clip.CLIP
+    encoder_tag: str | None = None  # open_clip's pretrained tag
+    image_size: int = 1024  # S, a multiple of 32
+    trunk: dict = field(default_factory=dict)  # changes to the trunk of the YAML
+    decoder: dict = field(default_factory=lambda: {"dim": 256, "heads": 8, "mlp": 2048})  # the sam2 package's own sizes
+    reduction: int = 4  # adapters are D / reduction wide
+    train_trunk: bool = False  # train SAM 2's image encoder too: only where it starts from random weights
+
+
+TINY_CLIP = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 128, "patch_size": 8, "width": 64, "head_width": 16, "layers": 2},
+    "text_cfg": {"width": 64, "heads": 4, "layers": 1},
+}
+
+PRESETS = {
+    "tiny": Preset(
+        architecture="ours",
+        sam2="sam2.1/sam2.1_hiera_t.yaml",
+        trunk={
+            "embed_dim": 16, "num_heads": 1, "stages": [1, 1, 3, 1], "global_att_blocks": [4],
+            "window_spec": [8, 4, 8, 4], "window_pos_embed_bkg_spatial_size": [7, 7],
+        },
+        decoder={"dim": 64, "heads": 4, "mlp": 256},
+        encoder="open_clip",
+        encoder_name=TINY_CLIP,
+        encoder_args={"width": 64, "joint_layers": 3, "joint_heads": 4},
+        image_size=128,
+        reduction=1,
+        train_trunk=True,
+    ),
+    "base": Preset(
+        architecture="ours",
+        sam2="sam2.1/sam2.1_hiera_b+.yaml",
+        encoder="open_clip",
+        encoder_name="ViT-B-16",
+        encoder_tag="laion2b_s34b_b88k",
+        encoder_args={"width": 512, "joint_layers": 4, "joint_heads": 8},
+    ),
+    "large": Preset(
+        architecture="ours",
+        sam2="sam2.1/sam2.1_hiera_l.yaml",
+        encoder="open_clip",
+        encoder_name="ViT-L-14",
+        encoder_tag="laion2b_s32b_b82k",
+        encoder_args={"width": 768, "joint_layers": 4, "joint_heads": 12},
+    ),
+    "paper": Preset(architecture="published", sam2="sam2/sam2_hiera_l.yaml", encoder="beit3", encoder_args={}),
+}  # fmt: skip
+
+
+class Output(NamedTuple):
+    """What the model puts out. The mask is logits > 0, its probability sigmoid(logits)."""
+
+    logits: Tensor  # (B, 1, S/4, S/4)
+    pseudo_mask: Tensor  # (B, 1, g, g) logits of the mask prompt
+    log_weight: Tensor  # (B,) logarithm of the boundary loss's weight, from the sentence token
+
+
+class NoPosition(nn.Module):
+    """Stands in for the neck's sine encodings, which only the video memory reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(())
+
+
+def build_image_encoder(preset: Preset) -> nn.Module:
+    """SAM 2's image encoder (Hiera trunk and neck) of the preset's YAML file, with random weights."""
+    config = OmegaConf.load(Path(sam2.__file__).parent / "configs" / preset.sam2).model.image_encoder
+    config.trunk = OmegaConf.merge(config.trunk, preset.trunk)
+    config.neck.d_model = preset.decoder["dim"]
+    widths = [config.trunk.get("embed_dim", 96) * 2**i for i in range(len(config.trunk.get("stages", range(4))))]
+    config.neck.backbone_channel_list = widths[::-1]
+    encoder = instantiate(config)
+    encoder.neck.position_encoding = NoPosition()
+    return encoder
+
+
+class RS2SAM2(nn.Module):
+    """The whole model. Built with random weights; `weights.py` reads foundation and published ones into it.
+
+    forward(image (B, 3, S, S), encoder_image (B, 3, E, E), ids (B, L) int64, lengths (B,) int64) -> Output.
+    Images are float and normalised (see `normalise`); ids and lengths come from `union_encoder.tokenizer`.
+    """
+
+    def __init__(self, preset: Preset, pretrained_encoder: str | None = None, tokenizer=None):
+        super().__init__()
+        if preset.image_size % 32:
+            raise ValueError(f"the image size must be a multiple of 32 (SAM 2's first window), got {preset.image_size}")
+        self.preset = preset
+        ours = preset.architecture == "ours"
+        dim, heads = preset.decoder["dim"], preset.decoder["heads"]
+
+        if preset.encoder == "beit3":
+            self.union_encoder = BEiT3Encoder(**preset.encoder_args, tokenizer=tokenizer)
+        else:
+            clip = open_clip_model(preset.encoder_name, preset.encoder_tag)
+            if pretrained_encoder:
+                load_open_clip(clip, preset.encoder_name, pretrained_encoder)
+            self.union_encoder = OpenCLIPEncoder(clip, **preset.encoder_args)
+        width = self.union_encoder.width
+
+        self.text_features = nn.Linear(width, dim)
+        self.text_weight = nn.Linear(dim, 1)
+        self.sparse_prompt = SparsePrompt(width, dim, tokens=4 if ours else 1)
+        self.mask_prompt = MaskPromptGenerator(width, positions=ours)
+
+        image_encoder = build_image_encoder(preset)
+        image_encoder.requires_grad_(preset.train_trunk)
+        self.neck = image_encoder.neck
+        self.image_encoder = FusedHiera(image_encoder.trunk, dim, preset.reduction, positions=ours)
+        if preset.train_trunk:
+            for table in (self.image_encoder.trunk.pos_embed, self.image_encoder.trunk.pos_embed_window):
+                nn.init.trunc_normal_(table, std=0.02)  # sam2 leaves them at zero
+        self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, dim))
+        nn.init.trunc_normal_(self.no_mem_embed, std=0.02)
+        self.decoder_fusion = DecoderFusion(dim, positions=ours)
+        side = preset.image_size // 16
+        self.prompt_encoder = PromptEncoder(
+            embed_dim=dim, image_embedding_size=(side, side), input_image_size=(preset.image_size,) * 2, mask_in_chans=16
+        )
+        self.mask_decoder = MaskDecoder(
+            transformer=TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=heads, mlp_dim=preset.decoder["mlp"]),
+            transformer_dim=dim,
+            use_high_res_features=True,
+            iou_prediction_use_sigmoid=True,
+            pred_obj_scores=True,
+            pred_obj_scores_mlp=True,
+            use_multimask_token_for_obj_ptr=True,
+        )
+        for unused in self.unused():
+            unused.requires_grad_(False)
+        for name, mean, std in (
+            ("image_norm", IMAGENET_MEAN, IMAGENET_STD),
+            ("encoder_norm", self.union_encoder.mean, self.union_encoder.std),
+        ):
+            self.register_buffer(name, torch.tensor([mean, std]).view(2, 3, 1, 1) * 255, persistent=False)
+        self.train()
+
+    def unused(self) -> list[nn.Module]:
+        """What sam2's prompt encoder and mask decoder build and this model never reads: frozen, never optimised."""
+        p, d = self.prompt_encoder, self.mask_decoder
+        heads = [*d.output_hypernetworks_mlps[1:], d.iou_prediction_head, d.pred_obj_score_head]
+        return [p.point_embeddings, p.not_a_point_embed, p.no_mask_embed, *heads]
+
+    def fusion_modules(self) -> list[nn.Module]:
+        """The modules the paper adds to SAM 2 and the union encoder, trained at the higher rate."""
+        return [*self.image_encoder.adapters(), self.decoder_fusion, self.mask_prompt]
+
+    def train(self, mode: bool = True):
+        """As nn.Module's, but what is frozen stays in evaluation mode."""
+        super().train(mode)
+        if not self.preset.train_trunk:
+            self.neck.eval()
+            self.image_encoder.trunk.eval()
+            for adapter in self.image_encoder.adapters():
+                adapter.train(mode)
+        return self
+
+    def normalise(self, image: Tensor, encoder_image: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images (B, 3, S, S) and (B, 3, E, E), as the loader gives them, to what forward takes."""
+        mean, std = self.image_norm
+        encoder_mean, encoder_std = self.encoder_norm
+        return (image - mean) / std, (encoder_image - encoder_mean) / encoder_std
+
+    def forward(self, image: Tensor, encoder_image: Tensor, ids: Tensor, lengths: Tensor) -> Output:
+        text_mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, L)
+        cls, V, T_raw = self.union_encoder(encoder_image, ids, text_mask)  # (B, 1, W), (B, gg, W), (B, L, W)
+        T = self.text_features(T_raw)  # (B, L, C)
+
+        pseudo_mask = self.mask_prompt(cls, V)  # (B, 1, g, g)  mask prompt generator
+        sparse = self.sparse_prompt(cls)  # (B, tokens, C)
+
+        stages = self.image_encoder(image, T, text_mask)  # 4 x (B, D, S/4.., S/4..)  BHFM in SAM 2's image encoder
+        fine, middle, embedding, _ = self.neck(stages)[0]  # (B, C, S/4, S/4), (B, C, S/8, S/8), (B, C, s, s), -
+
+        logits = self.decode(fine, middle, embedding, T, text_mask, pseudo_mask, sparse)  # (B, 1, S/4, S/4)
+        log_weight = self.text_weight(T[:, 0])[:, 0]  # (B,)
+        return Output(logits, pseudo_mask, log_weight)
+
+    def decode(self, fine, middle, embedding, T, text_mask, pseudo_mask, sparse) -> Tensor:
+        """SAM 2's prompt encoder and mask decoder, with the text multiplied into the embedding -> (B, 1, S/4, S/4)."""
+        with torch.autocast(embedding.device.type, enabled=False):  # angles up to 2 pi * 4 need float32
+            place = self.prompt_encoder.get_dense_pe()  # (1, C, s, s)
+        embedding = embedding + self.no_mem_embed.mT[..., None]  # (B, C, s, s)
+        embedding = self.decoder_fusion(embedding, place, T, text_mask)  # (B, C, s, s)
+        prompt = pseudo_mask if self.preset.architecture == "ours" else pseudo_mask.sigmoid()  # (B, 1, g, g)
+        prompt = dense_prompt(prompt, 4 * embedding.shape[-1])  # (B, 1, 4s, 4s)
+        _, dense = self.prompt_encoder(points=None, boxes=None, masks=prompt)  # -, (B, C, s, s)
+        high_res = [self.mask_decoder.conv_s0(fine), self.mask_decoder.conv_s1(middle)]
+        p, *_ = self.mask_decoder(
+            image_embeddings=embedding, image_pe=place, sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense, multimask_output=False, repeat_image=False, high_res_features=high_res,
+        )  # (B, 1, 4s, 4s)  # fmt: skip
+        # The published output is the pair (1 - p, p); the logit of its soft-max is 2p - 1.
+        return 2 * p - 1  # (B, 1, S/4, S/4)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """{"total", "trained", "frozen"} numbers of parameters."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return {"total": total, "trained": trained, "frozen": total - trained}
+
+
+class CheckpointError(Exception):
+    """A checkpoint that can't be found, read or used. The message is one sentence for the user."""
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[RS2SAM2, dict]:
+    """Rebuild the model of a checkpoint that train.py wrote -> (model in evaluation mode, the checkpoint's dict).
+
+    Nothing but the file is needed, and no code from it is run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: train one with `python train.py`, or name another with --ckpt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # from zip errors to refused pickles: one sentence serves for all
+        raise CheckpointError(f"{path} can't be read as a checkpoint: it is damaged or of another kind") from error
+    if not isinstance(checkpoint, dict) or "preset" not in checkpoint:
+        raise CheckpointError(f"{path} is not a checkpoint of train.py (it holds no preset)")
+    model = RS2SAM2(Preset(**checkpoint["preset"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval(), checkpoint

@@ -1,0 +1,202 @@
+"""Reading weights by their own key names: SAM 2's, open_clip's, BEiT-3's, and the published RS2-SAM 2's.
+
+The published state dict is renamed key by key, nothing is reshaped: RENAMES are the rules, UNUSED what such files hold
+and this model does not use. SAM 2's own files name their parts as the published one does, less a prefix, and so do
+BEiT-3's: they take the same road. Files are read without running code: `torch.load(weights_only=True)` or safetensors.
+"""
+
+import re
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+
+class WeightsError(Exception):
+    """Weights that can't be found, read or used. The message is one sentence for the user."""
+
+
+# Published name -> ours. Every rule is applied, in this order.
+RENAMES = [
+    (r"^mm_extractor\.beit3\.", "union_encoder."),
+    (r"^text_feat_linear\.", "text_features."),
+    (r"^text2one_linear\.", "text_weight."),
+    (r"^text_hidden_fcs\.0\.0\.", "sparse_prompt.hidden."),
+    (r"^text_hidden_fcs\.0\.2\.", "sparse_prompt.out."),
+    (r"^vmtoken\.multihead_attn\.", "mask_prompt.attention."),
+    (r"^mask_linear\.", "mask_prompt.token."),
+    (r"^mask_product\.", "mask_prompt.score."),
+    (r"^visual_model\.image_encoder\.neck\.", "neck."),
+    (r"^visual_model\.sam_prompt_encoder\.", "prompt_encoder."),
+    (r"^visual_model\.sam_mask_decoder\.vlfusion_module\.multihead_attn\.", "decoder_fusion.attention."),
+    (r"^visual_model\.sam_mask_decoder\.", "mask_decoder."),
+    (r"^visual_model\.", ""),
+    (r"(trunk\.blocks\.\d+)\.(norm1|norm2|attn|mlp|proj)\.", r"\1.block.\2."),
+    (r"\.MLP_Adapter\.", ".mlp_adapter."),
+    (r"\.Space_Adapter\.", ".space_adapter."),
+    (r"\.D_fc1\.", ".down."),
+    (r"\.D_fc2\.", ".up."),
+    (r"\.text_in_linear\.", ".text_down."),
+    (r"\.text_out_linear\.", ".text_up."),
+    (r"\.vlfusion_module\.multihead_attn\.", ".vision_reads_text."),
+    (r"\.lvfusion_module\.multihead_attn\.", ".text_reads_vision."),
+]
+
+# What published and SAM 2 files hold and no forward pass here reads: the video memory, a head that was never connected,
+# BEiT-3's mask token and (see `is_unused`) the last block's text update.
+UNUSED = re.compile(
+    r"^(visual_model\.)?(maskmem_tpos_enc|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial|mask_downsample\.|memory_attention\.|"
+    r"memory_encoder\.|obj_ptr_proj\.|obj_ptr_tpos_proj\.)|^meo_linear\.|^(mm_extractor\.)?beit3\.vision_embed\.mask_token$"
+)
+TEXT_UPDATE = re.compile(r"trunk\.blocks\.(\d+)\.Space_Adapter\.(lvfusion_module|text_out_linear)\.")
+
+
+def our_name(published: str) -> str:
+    """The key of this model that a published key's tensor goes to."""
+    for pattern, replacement in RENAMES:
+        published = re.sub(pattern, replacement, published)
+    return published
+
+
+def is_unused(published: str, blocks: int) -> bool:
+    """Whether a published key is one that this model, with so many trunk blocks, has no use for."""
+    update = TEXT_UPDATE.search(published)
+    return bool(UNUSED.match(published)) or (update is not None and int(update[1]) == blocks - 1)
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pt, .pth, .bin or .safetensors file, unwrapped from {"model": ...} or {"state_dict": ...}."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no weights file at {path}: give the path of an existing .pt, .pth, .bin or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a dozen kinds, from zip errors to refused pickles: one sentence serves for all
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"{path} can't be read as a file of weights alone ({reason}): download it again") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{path} holds no state dict (names with tensors), nor one under 'model' or 'state_dict'")
+    return state
+
+
+def load_named(model: nn.Module, state: dict[str, Tensor], source: str, required) -> None:
+    """Copy published-named tensors into the model.
+
+    required(our_key) -> bool says which of the model's entries the source has to fill. A missing, misshapen or unknown
+    key raises WeightsError naming it (`source` is for that message); nothing has been copied then.
+    """
+    blocks = len(model.image_encoder.trunk.blocks)
+    ours = {k: v for k, v in model.state_dict(keep_vars=True).items()}
+    renamed = {our_name(k): (k, v) for k, v in state.items() if not is_unused(k, blocks)}
+    unknown = [k for name, (k, _) in renamed.items() if name not in ours]
+    missing = [name for name in ours if required(name) and name not in renamed]
+    misshapen = [
+        f"{k} is {tuple(v.shape)}, expected {tuple(ours[name].shape)}"
+        for name, (k, v) in renamed.items()
+        if name in ours and v.shape != ours[name].shape
+    ]
+    for what, names in (("lacks", missing), ("holds unknown keys:", unknown), ("has other sizes:", misshapen)):
+        if names:
+            raise WeightsError(
+                f"{source} does not fit this model: it {what} {', '.join(names[:3])}"
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            )
+    with torch.no_grad():
+        for name, (_, tensor) in renamed.items():
+            ours[name].copy_(tensor)
+
+
+def load_published(model: nn.Module, state: dict[str, Tensor], source: str = "the published checkpoint") -> None:
+    """Fill the whole model from a published RS2-SAM 2 state dict (preset `paper`, or a small model of its kind)."""
+    load_named(model, state, source, required=lambda name: True)
+
+
+def load_sam2(model: nn.Module, path: str | Path) -> None:
+    """Fill the SAM 2 part (trunk, neck, prompt encoder, mask decoder) from a SAM 2 or 2.1 file of the same size."""
+    added = re.compile(r"adapter\.|^(union_encoder|text_|sparse_prompt|mask_prompt|decoder_fusion)")
+    load_named(
+        model, {f"visual_model.{k}": v for k, v in read_state(path).items()}, str(path),
+        required=lambda name: not added.search(name),
+    )  # fmt: skip
+
+
+def load_beit3(model: nn.Module, path: str | Path) -> None:
+    """Fill the union encoder from a BEiT-3 file such as beit3_large_patch16_224.pth; heads it may hold are left out."""
+    state = {f"mm_extractor.{k}": v for k, v in read_state(path).items() if k.startswith("beit3.")}
+    load_named(model, state, str(path), required=lambda name: name.startswith("union_encoder."))
+
+
+def find_sam2(config: str) -> Path:
+    """The SAM 2 file that belongs to a YAML of the sam2 package, from the hub's cache or downloaded."""
+    from huggingface_hub import hf_hub_download
+    from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
+
+    for repository, (yaml, filename) in HF_MODEL_ID_TO_FILENAMES.items():
+        if yaml == f"configs/{config}":
+            try:
+                return Path(hf_hub_download(repository, filename))
+            except Exception as error:  # no network, no such file, no permission: the way out is the same
+                raise WeightsError(
+                    f"SAM 2 weights could not be downloaded ({repository}, {filename}): fetch {filename} from the model hub "
+                    f"or from SAM 2's release page and name it with --sam2 FILE"
+                ) from error
+    raise WeightsError(f"no weights are published for {config}")
+
+
+def open_clip_model(model: str | dict, tag: str | None = None) -> nn.Module:
+    """A CLIP of open_clip with random weights: by name, or from a dict of open_clip.CLIP's own arguments.
+
+    The pretrained tag decides image normalisation and activation (OpenAI's weights use QuickGELU). Only names whose towers
+    are open_clip's own ViT and text transformer with its byte-pair tokeniser are accepted (about 32); WeightsError else.
+    """
+    if isinstance(model, dict):
+        return open_clip.CLIP(**model)
+    config = open_clip.get_model_config(model)
+    if config is None:
+        raise WeightsError(f"open_clip has no model {model!r}: `python -c 'import open_clip; print(open_clip.list_models())'`")
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    plain = not (config.get("custom_text") or {"hf_model_name", "hf_tokenizer_name"} & text.keys())
+    if not plain or "timm_model_name" in vision or not isinstance(vision.get("layers"), int):
+        raise WeightsError(
+            f"open_clip's {model} is not made of its own ViT and text transformer with the byte-pair tokeniser: choose a "
+            f"plain one such as ViT-B-32, ViT-B-16 or ViT-L-14"
+        )
+    pretrained = open_clip.get_pretrained_cfg(model, tag) if tag else {}
+    clip = open_clip.CLIP(**{**config, "quick_gelu": pretrained.get("quick_gelu", config.get("quick_gelu", False))})
+    if "mean" in pretrained:
+        clip.visual.preprocess_cfg = {"mean": pretrained["mean"], "std": pretrained["std"]}
+    return clip
+
+
+def load_open_clip(clip: nn.Module, name: str, source: str) -> None:
+    """Fill a whole CLIP from a pretrained tag of open_clip (downloaded or cached) or from a local file.
+
+    The position table is interpolated where the resolution differs."""
+    if Path(source).is_file():
+        path = source
+    elif not open_clip.is_pretrained_cfg(name, source):
+        raise WeightsError(
+            f"{source!r} is neither a file nor a pretrained tag of open_clip's {name}: its tags are "
+            f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
+        )
+    else:
+        try:
+            path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, source))
+        except Exception as error:
+            raise WeightsError(
+                f"open_clip's {name} ({source}) could not be downloaded: fetch its file from the model hub and name it with "
+                f"--encoder-weights FILE"
+            ) from error
+    try:
+        open_clip.load_checkpoint(clip, path)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"{path} is not a checkpoint of open_clip's {name} ({reason})") from error
