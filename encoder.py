@@ -12,8 +12,6 @@
 encoder of the paper. Letters: B batch, L text tokens, N all tokens, W width, P patches of the image (g*g).
 """
 
-from pathlib import Path
-
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -116,20 +114,21 @@ class OpenCLIPEncoder(nn.Module):
 class BEiT3Tokenizer:
     """The ids of the published model (XLM-RoBERTa's layout over a SentencePiece model such as `beit3.spm`).
 
-    <s> = 0, </s> = 2, <unk> = padding = 3, any other piece k -> k + 1. No lower-casing, no limit but the position table.
+    <s> = 0, </s> = 2, <unk> = padding = 3, any other piece k -> k + 1; no lower-casing. A phrase over `context` tokens is
+    cut, its </s> kept. `model` is the content of the SentencePiece file, which checkpoints carry.
     """
 
     PAD = UNK = 3
 
-    def __init__(self, path: str | Path):
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise ImportError("BEiT-3's tokeniser needs the package sentencepiece: pip install sentencepiece") from error
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    def __init__(self, model: bytes, context: int = 1022):
+        from sentencepiece import SentencePieceProcessor  # needed by nothing else
+
+        self.model, self.context = model, context
+        self.pieces = SentencePieceProcessor(model_proto=model)
 
     def __call__(self, phrases: list[str]) -> tuple[Tensor, Tensor]:
-        rows = [[0, *(k + 1 if k > 0 else self.UNK for k in self.pieces.encode(p)), 2] for p in phrases]
+        pieces = [self.pieces.encode(p)[: self.context - 2] for p in phrases]
+        rows = [[0, *(k + 1 if k > 0 else self.UNK for k in row), 2] for row in pieces]
         lengths = torch.tensor([len(row) for row in rows])  # (B,)
         ids = torch.full((len(rows), int(lengths.max())), self.PAD)  # (B, L)
         for line, row in zip(ids, rows):

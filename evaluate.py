@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Collate, DataError, open_dataset
+from data import Collate, open_dataset
+from layouts import DataError
 from model import CheckpointError, load_checkpoint
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--protocol", choices=PROTOCOLS, default="ours", help="how to score: see above")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and one row a sample here")
     parser.add_argument("--panels", type=int, default=0, metavar="N", help="write pictures of N best, median, worst cases")
+    parser.add_argument("--skip-missing", action="store_true", help="leave out samples whose files are missing")
     args = parser.parse_args()
     try:
         if args.json and args.json.exists():
@@ -194,7 +196,7 @@ def main() -> None:
         model, checkpoint = load_checkpoint(args.ckpt, device)
         data = args.data or checkpoint["data"]
         sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
-        dataset = open_split(data, args.split, **sizes)
+        dataset = open_split(data, args.split, skip_missing=args.skip_missing, **sizes)
     except (DataError, CheckpointError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -214,15 +216,15 @@ def main() -> None:
         print(f"wrote {path}")
 
 
-def open_split(data: str, split: str | None, **sizes):
+def open_split(data: str, split: str | None, **options):
     """The split asked for; without one the test split, or the validation split where there is no test."""
     if split:
-        return open_dataset(data, split, **sizes)
+        return open_dataset(data, split, **options)
     try:
-        return open_dataset(data, "test", **sizes)
+        return open_dataset(data, "test", **options)
     except DataError as no_test:
         try:
-            return open_dataset(data, "val", **sizes)
+            return open_dataset(data, "val", **options)
         except DataError:
             raise no_test from None
 

@@ -26,7 +26,7 @@ from sam2.modeling.sam.prompt_encoder import PromptEncoder
 from sam2.modeling.sam.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
-from encoder import IMAGENET_MEAN, IMAGENET_STD, BEiT3Encoder, OpenCLIPEncoder
+from encoder import IMAGENET_MEAN, IMAGENET_STD, BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder
 from fusion import DecoderFusion, FusedHiera
 from prompt_gen import MaskPromptGenerator, SparsePrompt, dense_prompt
 from weights import load_open_clip, open_clip_model
@@ -144,6 +144,9 @@ class RS2SAM2(nn.Module):
             clip = open_clip_model(preset.encoder_name, preset.encoder_tag)
             if pretrained_encoder:
                 load_open_clip(clip, preset.encoder_name, pretrained_encoder)
+            elif isinstance(preset.encoder_name, dict):
+                # Words that start almost alike (open_clip's 0.02) are not told apart for thousands of samples.
+                nn.init.normal_(clip.token_embedding.weight, std=0.5)
             self.union_encoder = OpenCLIPEncoder(clip, **preset.encoder_args)
         width = self.union_encoder.width
 
@@ -254,20 +257,29 @@ class CheckpointError(Exception):
     """A checkpoint that can't be found, read or used. The message is one sentence for the user."""
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[RS2SAM2, dict]:
-    """Rebuild the model of a checkpoint that train.py wrote -> (model in evaluation mode, the checkpoint's dict).
+def rebuild(checkpoint: dict) -> RS2SAM2:
+    """The model of a checkpoint's dict, its weights included."""
+    tokenizer = BEiT3Tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
+    model = RS2SAM2(Preset(**checkpoint["preset"]), tokenizer=tokenizer)
+    model.load_state_dict(checkpoint["model"])
+    return model
 
-    Nothing but the file is needed, and no code from it is run.
-    """
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The dict of a checkpoint that train.py wrote, on the CPU. No code from the file is run; CheckpointError."""
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: train one with `python train.py`, or name another with --ckpt")
+        raise CheckpointError(f"no checkpoint at {path}: train one with `python train.py`, or name another")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # from zip errors to refused pickles: one sentence serves for all
         raise CheckpointError(f"{path} can't be read as a checkpoint: it is damaged or of another kind") from error
     if not isinstance(checkpoint, dict) or "preset" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of train.py (it holds no preset)")
-    model = RS2SAM2(Preset(**checkpoint["preset"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval(), checkpoint
+    return checkpoint
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[RS2SAM2, dict]:
+    """The model of a checkpoint, in evaluation mode, and the checkpoint's dict. Nothing but the file is needed."""
+    checkpoint = read_checkpoint(path)
+    return rebuild(checkpoint).to(device).eval(), checkpoint

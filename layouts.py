@@ -1,0 +1,260 @@
+"""The layouts of data sets on disk: from index files to a list of samples.
+
+Four are told apart by the files in the folder (LAYOUTS below): that of RRSIS-D and other REFER-like sets, RefSegRS's,
+RISBench's, and a plain one for data of your own. Index files are read without running code from them. What is broken
+raises DataError, with one sentence for the user, and never becomes a different sample.
+"""
+
+import csv
+import io
+import json
+import os
+import pickle
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+NAMES = ("RRSIS-D", "RefSegRS", "RISBench", "scenes")  # below ./data
+LAYOUTS = """
+  RRSIS-D and relatives: rrsisd/refs(unc).p, rrsisd/instances.json, images/rrsisd/JPEGImages/*.jpg
+  RefSegRS: output_phrase_<split>.txt ("<id> <phrase>" a line), images/<id>.tif, masks/<id>.tif
+  RISBench: output_phrase_<split>.txt ("<file.png> <phrase>" a line), img_rgb/<file.png>, mask/<file.png>
+  your own: phrases.csv (columns image,mask,phrase,split), images/, masks/"""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+MAX_PIXELS = 2**26   # 8192 x 8192: what claims more is taken for a decompression bomb
+MAX_PHRASE = 10_000  # characters
+
+
+class DataError(Exception):
+    """Data that can't be used: one sentence for the user, and the known layouts where they help."""
+
+    def __init__(self, sentence):
+        # A DataLoader raises a worker's error anew with the worker's traceback as its text: keep the sentence.
+        super().__init__(sentence.rpartition("DataError: ")[2].strip())
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One target in one image, and every phrase for it."""
+    id: str                             # unique within a split: the ref_id, the list's id, or the names of the files
+    split: str
+    image: str                          # path
+    phrases: tuple[str, ...]
+    kinds: tuple[str, ...]              # of each phrase; '' where the data set doesn't say
+    category: str                       # '' if unknown
+    mask: str | tuple                   # path of a mask file, or COCO RLEs and polygons: their union
+    size: tuple[int, int] | None = None  # (H, W) that polygons are drawn at; None: the image's
+    threshold: int = 0                  # foreground of a mask file is what lies above
+
+
+# Each reader returns the samples of all splits and opens no image.
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Admits dicts, lists, strings and numbers, and refuses whatever names a class or function. It is the Python
+    version of the class, because a single opcode can make the C one reserve any amount of memory."""
+
+    def find_class(self, module, name):
+        raise ValueError(f"it asks for {module}.{name}, which phrases don't need and which could run code")
+
+
+def read_text(path):
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line} is not UTF-8: save the file in that encoding.") from None
+
+
+def read_json(path):
+    def refuse(constant):
+        raise ValueError(f"it holds {constant}")
+    try:
+        return json.loads(read_text(path), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not sound JSON ({error}): get it again from its source.") from None
+
+
+def read_pickle(path):
+    data = io.BytesIO(path.read_bytes())
+    try:
+        refs = PlainUnpickler(data, encoding="utf-8").load()
+        if not isinstance(refs, list):
+            raise ValueError(f"it holds {type(refs).__name__}, not a list")
+        return refs
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        reason = str(error)[:200] or type(error).__name__
+        raise DataError(f"{path} is not read ({reason}): get it again from its source.") from None
+
+
+def clean_phrase(text, where):
+    """The phrase without the blanks around it; double spaces and typos inside stay."""
+    text = text.strip() if isinstance(text, str) else ""
+    if not text:
+        raise DataError(f"{where}: the phrase is empty; write one, or take the sample out.")
+    if len(text) > MAX_PHRASE:
+        raise DataError(f"{where}: the phrase has {len(text):,} characters, at most {MAX_PHRASE:,} are taken.")
+    if re.search("[\x00-\x08\x0e-\x1f\ud800-\udfff]", text):
+        raise DataError(f"{where}: the phrase holds NUL or other control characters; take them out.")
+    return text
+
+
+def read_refer(refs_file):
+    """RRSIS-D and relatives: refs(unc).p with the phrases, instances.json with the masks."""
+    instances_file = refs_file.with_name(refs_file.name.replace("refs(unc).p", "instances.json"))
+    refs, instances = read_pickle(refs_file), read_json(instances_file)
+    samples, where = [], str(instances_file)
+    try:
+        images = {image["id"]: image for image in instances["images"]}
+        categories = {category["id"]: category["name"] for category in instances.get("categories", [])}
+        annotations = {}
+        for annotation in instances["annotations"]:
+            if annotations.setdefault(annotation["id"], annotation) != annotation:
+                raise ValueError(f"two different annotations have id {annotation['id']}")
+        for number, ref in enumerate(refs):
+            where = f"{refs_file}, ref number {number}"
+            samples.append(refer_sample(ref, images, annotations, categories, where))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        raise DataError(f"{where} is not as in RRSIS-D ({reason}): mend the file or get it again.") from None
+    if twice := [id for id, n in Counter(sample.id for sample in samples).items() if n > 1]:
+        raise DataError(f"{refs_file} has a ref_id more than once ({', '.join(twice[:5])}): make them unique.")
+
+    # The images lie in <root>/images/rrsisd/JPEGImages or, for relatives, somewhere like it: where most are found.
+    folder, names = refs_file.parent, {sample.image for sample in samples}
+    below = (f"{folder.name}/JPEGImages", folder.name, "JPEGImages", "")
+    places = [parent / "images" / name for parent in (folder.parent, folder) for name in below] + [folder]
+    place = max(filter(Path.is_dir, places), key=lambda place: len(names.intersection(os.listdir(place))))
+    return [replace(sample, image=os.path.join(place, sample.image)) for sample in samples]
+
+
+def refer_sample(ref, images, annotations, categories, where):
+    parts, category = [], ref.get("category_id")
+    for ann_id in ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]:
+        if ann_id in (None, -1):  # how relatives say that the phrase has no target in the image
+            continue
+        if ann_id not in annotations:
+            raise ValueError(f"annotation {ann_id} is not among the instances")
+        annotation = annotations[ann_id]
+        segmentation = annotation["segmentation"]  # a list with one RLE (RRSIS-D), an RLE, or a list of polygons
+        parts += segmentation if isinstance(segmentation, list) else [segmentation]
+        category = annotation.get("categories_id", annotation.get("category_id", category))
+    if not all(isinstance(part, (dict, list)) for part in parts):
+        raise ValueError("a segmentation is neither RLE nor polygons")
+    if not isinstance(ref["ref_id"], (int, str)) or not ref["sentences"]:
+        raise ValueError("no ref_id or no sentences")
+    image = images.get(ref["image_id"], {})
+    file = image.get("file_name") or ref["file_name"]
+    if not isinstance(file, str):
+        raise ValueError("a file_name is no text")
+    kinds = (sentence.get("kind") for sentence in ref["sentences"])
+    return Sample(
+        id=str(ref["ref_id"]), split=sys.intern(ref["split"]), image=file,
+        phrases=tuple(clean_phrase(s.get("raw") or s.get("sent"), where) for s in ref["sentences"]),
+        kinds=tuple(kind if isinstance(kind, str) else "" for kind in kinds),
+        category=str(categories.get(category, "")), mask=tuple(parts),
+        size=(int(image["height"]), int(image["width"])) if "height" in image and "width" in image else None)
+
+
+def read_phrase_lists(root, lists):
+    """RefSegRS (ids without a suffix) and RISBench (file names); lines with the same id are one sample."""
+    images, masks = files_by_id(root, "img_rgb", "images"), files_by_id(root, "mask", "masks")
+    samples = []
+    for path in lists:
+        phrases = {}
+        # Not splitlines(), which also cuts phrases at Unicode's rarer line separators.
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
+            if line.strip():
+                id, _, phrase = line.strip().partition(" ")
+                phrases.setdefault(id, []).append(clean_phrase(phrase, f"{path}, line {number}"))
+        for id, texts in phrases.items():
+            bare = not id.lower().endswith(IMAGE_SUFFIXES)
+            name = id if bare else os.path.splitext(id)[0]
+            image, mask = (files.get(id) or files.get(name) or os.path.join(files[""], id) for files in (images, masks))
+            samples.append(Sample(
+                id, path.stem.removeprefix("output_phrase_"), image, tuple(texts), kinds=("",) * len(texts),
+                category="", mask=mask, threshold=50 if bare else 0))  # the rules of RefSegRS and of RISBench
+    return samples
+
+
+def files_by_id(root, *names):
+    """{file name with and without suffix: path} of the images in the folder that is there; the folder itself as ''."""
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise DataError(f"{root} has phrase lists but no folder {' or '.join(names)}: put it beside them.{LAYOUTS}")
+    files = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES))
+    files = {os.path.splitext(name)[0]: name for name in files} | {name: name for name in files} | {"": ""}
+    return {id: os.path.join(folder, name) for id, name in files.items()}
+
+
+def read_csv(path):
+    """Data of your own; rows with the same image and mask are one sample with several phrases."""
+    columns, targets = ("image", "mask", "phrase", "split"), {}
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        header = reader.fieldnames or []
+        if absent := [column for column in columns if column not in header]:
+            raise DataError(f"{path} has the columns {', '.join(header)} but lacks {', '.join(absent)}: "
+                            f"its first line must be {','.join(columns)}.")
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise DataError(f"{where} has not as many fields as the first line: quote phrases with commas.")
+            image, mask, split = (row[column].strip() for column in ("image", "mask", "split"))
+            if not (image and mask and split):
+                raise DataError(f"{where} has no image, mask or split: fill them in.")
+            targets.setdefault((image, mask, split), []).append(clean_phrase(row["phrase"], where))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num} is not sound CSV ({error}): mend it.") from None
+    return [Sample(mask if image == mask else f"{image}+{mask}", split, os.path.join(path.parent, "images", image),
+                   tuple(phrases), kinds=("",) * len(phrases), category="",
+                   mask=os.path.join(path.parent, "masks", mask),
+                   threshold=127 if mask.lower().endswith((".jpg", ".jpeg")) else 0)  # JPEG blurs 0 and 255
+            for (image, mask, split), phrases in targets.items()]
+
+
+def read_samples(data):
+    """(name, root, samples of all splits) of a data set given by one of NAMES or by its folder."""
+    root = Path("data", data) if data in NAMES else Path(data)
+    try:
+        if not root.is_dir():
+            remedy = "put the data set there" if data in NAMES else f"give a folder or one of {', '.join(NAMES)}"
+            raise DataError(f"There is no folder {root}: {remedy}.{LAYOUTS}")
+        refs = sorted([*root.glob("*refs(unc).p"), *root.glob("*/*refs(unc).p")])
+        lists = sorted([*root.glob("output_phrase_*.txt"), *root.glob("phrase_txts/output_phrase_*.txt")])
+        if len(refs) > 1 or len({path.name for path in lists}) < len(lists):
+            raise DataError(f"{root} has the same twice ({', '.join(map(str, refs or lists))}): leave one.")
+        if refs:
+            samples = read_refer(refs[0])
+        elif lists:
+            samples = read_phrase_lists(root, lists)
+        elif (root / "phrases.csv").exists():
+            samples = read_csv(root / "phrases.csv")
+        else:
+            inside = ", ".join(sorted(os.listdir(root))[:8]) or "nothing"
+            raise DataError(f"{root} holds {inside}, no data set known here: lay it out in one of these ways.{LAYOUTS}")
+    except OSError as error:
+        raise DataError(f"{error.filename or root} can't be read ({error.strerror or error}): see to it.") from None
+    name = data if data in NAMES else root.resolve().name
+    if refs and refs[0].parent.name == "rrsisd" and not any(sample.kinds[0] for sample in samples):
+        name = "RRSIS-D"  # generated scenes share the layout, but say the kind of each phrase
+    return name, root, samples
+
+
+def missing_files(samples):
+    """{path of a file that isn't there: [its samples' numbers in `samples`]}; one look into each folder."""
+    inside, missing = {}, {}
+    for number, sample in enumerate(samples):
+        for path in (sample.image, sample.mask) if isinstance(sample.mask, str) else (sample.image,):
+            folder, name = os.path.split(path)
+            if folder not in inside:
+                try:
+                    inside[folder] = set(os.listdir(folder))
+                except (OSError, ValueError):  # no such folder, one we may not enter, or NUL in its name
+                    inside[folder] = set()
+            if name not in inside[folder]:
+                missing.setdefault(path, []).append(number)
+    return missing

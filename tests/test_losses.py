@@ -1,0 +1,102 @@
+"""The loss terms on values computed by hand, and the properties that the published boundary loss lacks."""
+
+import math
+
+import pytest
+import torch
+
+import losses
+from model import Output
+
+
+def blob(size=12):
+    target = torch.zeros(1, size, size)
+    target[:, 3:8, 4:9] = 1
+    return target
+
+
+def test_cross_entropy_by_hand():
+    z = torch.tensor([[[2.0, -1.0], [0.5, 0.0]]])
+    target = torch.tensor([[[1, 0], [0, 1]]])
+    pixels = [1.1 * math.log1p(math.exp(-2)), 0.9 * math.log1p(math.exp(-1)), 0.9 * math.log1p(math.exp(0.5)), 1.1 * math.log(2)]
+    assert losses.cross_entropy(z, target).item() == pytest.approx(sum(pixels) / 4.0, rel=1e-6)
+
+
+def test_dice_by_hand():
+    z, target = torch.zeros(1, 2, 2), torch.tensor([[[1, 0], [0, 0]]])
+    foreground = 1 - (2 * 0.5 + 1e-6) / (2 + 1 + 1e-6)
+    background = 1 - (2 * 1.5 + 1e-6) / (2 + 3 + 1e-6)
+    assert losses.dice(z, target).item() == pytest.approx(foreground + background, rel=1e-6)
+    assert losses.dice(torch.where(target > 0, 50.0, -50.0), target).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_edges_by_hand():
+    mask = torch.tensor([[[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]])
+    assert losses.edges(mask).tolist() == [[[0, 1, 0], [0, 1, 2]]]
+
+
+def test_boundary_moves_the_mask_where_the_published_one_does_not():
+    target = blob()
+    z = torch.randn(1, 12, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.zeros(1, requires_grad=True)
+    grad_z, grad_w = torch.autograd.grad(losses.boundary(z, target, weight).sum(), (z, weight))
+    assert grad_z.abs().max() > 0 and grad_w.abs().max() > 0
+    published = losses.published_boundary(z, target, weight[:, None, None]).sum()
+    assert torch.autograd.grad(published, z, allow_unused=True)[0] is None
+
+
+def test_descending_the_boundary_loss_sharpens_the_mask():
+    target, weight = blob(), torch.zeros(1)
+    z = (blob() * 2 - 1 + 0.3).requires_grad_()
+    before = losses.boundary(z, target, weight).item()
+    for _ in range(50):
+        (grad,) = torch.autograd.grad(losses.boundary(z, target, weight).sum(), z)
+        z = (z - 20 * grad).detach().requires_grad_()
+    assert losses.boundary(z, target, weight).item() < 0.5 * before
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_text_weight_has_a_finite_positive_minimiser(exact):
+    target = blob()
+    z = torch.where(target > 0, 60.0, -60.0) if exact else torch.randn(1, 12, 12)
+    error = (losses.edges(torch.sigmoid(z)) - losses.edges(target)).square().mean().item()
+    best = -0.5 * math.log(2 * (error + losses.EDGE_FLOOR))  # logarithm of w* = 1 / sqrt(2 (e + floor))
+
+    def value(log_weight):
+        return losses.boundary(z, target, torch.tensor([log_weight])).item()
+
+    assert math.isfinite(best)
+    assert value(best) < value(best - 0.1) and value(best) < value(best + 0.1)
+    assert value(-1e4) > 9e3  # w -> 0: to infinity
+    assert value(20.0) > value(best)  # w -> infinity too
+
+
+def test_samples_do_not_mix():
+    generator = torch.Generator().manual_seed(1)
+    z, weight = torch.randn(3, 12, 12, generator=generator), torch.randn(3, generator=generator)
+    target = (torch.rand(3, 12, 12, generator=generator) > 0.7).long()
+    for i in range(3):
+        alone = losses.boundary(z[i : i + 1], target[i : i + 1], weight[i : i + 1])
+        torch.testing.assert_close(losses.boundary(z, target, weight)[i : i + 1], alone)
+
+
+def test_total_is_the_mean_over_samples_so_batches_may_be_split():
+    generator = torch.Generator().manual_seed(2)
+    output = Output(
+        torch.randn(4, 1, 8, 8, generator=generator),
+        torch.randn(4, 1, 4, 4, generator=generator),
+        torch.randn(4, generator=generator),
+    )
+    target = (torch.rand(4, 32, 32, generator=generator) > 0.6).to(torch.uint8)
+    whole = losses.total_loss(output, target, pseudo=0.5)
+    halves = [losses.total_loss(Output(*(t[s] for t in output)), target[s], pseudo=0.5) for s in (slice(2), slice(2, 4))]
+    for name in whole:
+        torch.testing.assert_close(whole[name], (halves[0][name] + halves[1][name]) / 2)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_empty_and_full_targets_are_finite(value):
+    output = Output(torch.randn(1, 1, 8, 8).requires_grad_(), torch.randn(1, 1, 4, 4), torch.zeros(1))
+    loss = losses.total_loss(output, torch.full((1, 32, 32), value), pseudo=1.0)["loss"]
+    (grad,) = torch.autograd.grad(loss, output.logits)
+    assert torch.isfinite(loss) and torch.isfinite(grad).all()

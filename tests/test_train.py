@@ -1,0 +1,234 @@
+"""The loop: parameter groups, data order, averages, schedule, and the command lines themselves on a small set of scenes."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import train
+from model import PRESETS, RS2SAM2
+from scenes import make_scenes
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes", train=6, val=3, test=2, size=96, progress=False)
+
+
+def run(script: str, *args, cwd: Path, code: int = 0) -> str:
+    """Run a command line as a user would -> what it printed."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+# ---- parts of the loop ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny() -> RS2SAM2:
+    return RS2SAM2(dataclasses.replace(PRESETS["tiny"], image_size=64))
+
+
+@pytest.mark.parametrize("train_trunk", [True, False])
+def test_parameter_groups_are_disjoint_and_complete(train_trunk):
+    model = RS2SAM2(dataclasses.replace(PRESETS["tiny"], image_size=64, train_trunk=train_trunk))
+    fusion, foundation = train.parameter_groups(model, lr=1e-3, foundation_rate=0.5)
+    ids = [id(p) for group in (fusion, foundation) for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
+    assert (fusion["lr"], foundation["lr"]) == (1e-3, 5e-4)
+    assert any(p is model.mask_prompt.token.weight for p in fusion["params"])
+    assert any(p is model.decoder_fusion.attention.in_proj_weight for p in fusion["params"])
+    assert any(p is model.mask_decoder.mask_tokens.weight for p in foundation["params"])
+    trunk = model.image_encoder.trunk.blocks[0]
+    assert any(p is trunk.space_adapter.up.weight for p in fusion["params"])
+    assert any(p is trunk.block.norm1.weight for p in foundation["params"]) == train_trunk
+
+
+def test_the_stream_visits_every_sample_once_a_pass_and_can_be_cut_anywhere():
+    whole = list(train.Stream(7, seed=3, start=0, stop=21))
+    for number in range(3):
+        assert sorted(whole[7 * number : 7 * number + 7]) == [(i, number) for i in range(7)]
+    assert [i for i, _ in whole[:7]] != [i for i, _ in whole[7:14]]
+    for cut in range(22):
+        assert list(train.Stream(7, 3, 0, cut)) + list(train.Stream(7, 3, cut, 21)) == whole
+    assert list(train.Stream(7, 4, 0, 21)) != whole
+
+
+def test_the_average_is_the_moving_average(tiny):
+    model = torch.nn.Linear(2, 1, bias=False)
+    average = train.Average(model, decay=0.5)
+    first = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    average.update()  # the first step: decay 1 / 11
+    torch.testing.assert_close(average.mean["weight"], first / 11 + (first + 1) * 10 / 11)
+    live = model.weight.detach().clone()
+    average.swap()
+    torch.testing.assert_close(model.weight.detach(), first + 10 / 11)
+    average.swap()
+    assert torch.equal(model.weight.detach(), live)
+
+
+def test_schedules():
+    cosine = [train.rate_factor("cosine", p, 0) for p in (0, 0.025, 0.05, 0.525, 1)]
+    assert cosine == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert [train.rate_factor("constant", 0.5, epoch) for epoch in (0, 49, 50, 59)] == [1, 1, 0.1, 0.1]
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.write_checkpoint(path, {"x": 1})
+    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        train.write_checkpoint(path, {"x": 2})
+    assert torch.load(path, weights_only=True) == {"x": 1}
+
+
+def test_the_link_never_replaces_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        best = tmp_path / "runs" / str(number) / "best.pt"
+        best.parent.mkdir(parents=True)
+        best.write_text(str(number))
+        train.link_best(best.relative_to(tmp_path))
+        assert Path("best.pt").read_text() == str(number)
+    Path("best.pt").unlink()
+    Path("best.pt").write_text("mine")
+    train.link_best(best)
+    assert Path("best.pt").read_text() == "mine"
+
+
+# ---- metrics ------------------------------------------------------------------------------------------------------------
+
+
+def test_iou_by_hand():
+    a, b = np.array([[1, 1, 0], [0, 0, 0]]), np.array([[1, 0, 1], [0, 0, 0]])
+    assert evaluate.iou_counts(a, b) == (1, 3)
+    scores = evaluate.summarise([1, 9, 0], [3, 10, 0])
+    assert scores["mIoU"] == pytest.approx(100 * (1 / 3 + 0.9 + 1) / 3) and scores["oIoU"] == pytest.approx(1000 / 13)
+    assert scores["Pr@0.9"] == pytest.approx(200 / 3)  # >=, and a correct "nothing there" counts
+    assert evaluate.summarise([1, 9, 0], [3, 10, 0], "paper")["mIoU"] == pytest.approx(100 * (1 / 3 + 0.9) / 3)
+
+
+def test_best_median_worst_covers_both_ends():
+    rows = [{"iou": i / 10} for i in range(10)]
+    assert evaluate.best_median_worst(rows, 5) == [9, 8, 5, 4, 0][:2] + evaluate.best_median_worst(rows, 5)[2:4] + [0]
+    assert sorted(evaluate.best_median_worst(rows, 50)) == list(range(10))
+    assert evaluate.best_median_worst(rows, 1) == [9]
+
+
+# ---- the command lines ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory) -> tuple[Path, str]:
+    """A folder in which two short epochs were trained -> (the folder, what was printed)"""
+    cwd = tmp_path_factory.mktemp("work")
+    args = ("--data", scenes, "--model", "tiny", "--image-size", 64, "--epochs", 2, "--batch-size", 4, "--workers", 1)
+    return cwd, run("train.py", *args, "--gpus", 0, cwd=cwd)
+
+
+def test_training_leaves_what_it_promises(finished):
+    cwd, printed = finished
+    out = cwd / "runs" / "scenes-tiny-1"
+    assert {p.name for p in out.iterdir()} == {"best.pt", "last.pt", "log.jsonl", "panels.png"}
+    assert (cwd / "best.pt").is_symlink() and (cwd / "best.pt").resolve() == out / "best.pt"
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2] and all(math.isfinite(line["loss"]) for line in lines)
+    assert "total" in printed and "trained" in printed and "frozen" in printed and "mIoU" in printed
+    best = torch.load(out / "best.pt", weights_only=True)
+    assert best["model_name"] == "tiny" and best["preset"]["image_size"] == 64
+
+
+def test_evaluation_needs_the_checkpoint_alone(finished):
+    cwd, _ = finished
+    printed = run("evaluate.py", "--ckpt", "best.pt", "--json", "s.json", "--panels", 3, cwd=cwd)
+    assert "split test" in printed and (cwd / "panels-test.png").exists()
+    result = json.loads((cwd / "s.json").read_text())
+    rows = result["rows"]
+    assert result["scores"]["samples"] == len(rows) and set(rows[0]) >= {"id", "phrase", "intersection", "union", "iou"}
+    assert result["scores"]["mIoU"] == pytest.approx(100 * np.mean([r["iou"] for r in rows]))
+    assert "exists" in run("evaluate.py", "--json", "s.json", cwd=cwd, code=2)  # nothing is overwritten
+    run("evaluate.py", "--protocol", "paper", "--split", "val", cwd=cwd)
+
+
+def test_resume_is_exact(finished, scenes, tmp_path):
+    """One epoch, stop, and one more is the same as two in one go, bit for bit."""
+    cwd, _ = finished
+    whole = torch.load(cwd / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
+    args = ("--data", scenes, "--model", "tiny", "--image-size", 64, "--epochs", 2, "--batch-size", 4, "--gpus", 0)
+    script = (
+        "import train, sys; validate = train.Trainer.save_last\n"
+        "def stop(self, metrics):\n    validate(self, metrics)\n    sys.exit(0)\n"
+        f"train.Trainer.save_last = stop; sys.path.insert(0, {str(ROOT)!r}); train.main()"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, *map(str, args)], cwd=tmp_path, check=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True,
+    )  # fmt: skip
+    halfway = torch.load(tmp_path / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
+    assert halfway["samples"] * 2 == whole["samples"]
+    run("train.py", "--resume", "runs/scenes-tiny-1", cwd=tmp_path)
+    resumed = torch.load(tmp_path / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
+    for key in ("model", "average"):
+        for name, tensor in whole[key].items():
+            assert torch.equal(tensor, resumed[key][name]), name
+    assert resumed["samples"] == whole["samples"] and resumed["best"] == whole["best"]
+
+
+def test_another_run_s_checkpoint_is_not_overwritten(finished, scenes):
+    cwd, _ = finished
+    args = ("--data", scenes, "--model", "tiny", "--image-size", 64, "--out", "runs/scenes-tiny-1", "--gpus", 0)
+    assert "holds another run" in run("train.py", *args, cwd=cwd, code=2)
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--data", "nowhere"], "no folder nowhere"),
+        (["--data", "RRSIS-D"], "refs(unc).p"),  # shows the expected layout
+        (["--gpus", "99"], "--gpus 99"),
+        (["--data", "EMPTY"], "refs(unc).p"),
+        (["--data", "SCENES", "--model", "large"], "--sam2 FILE"),  # no hub: says which option names a local file
+        (["--data", "SCENES", "--model", "large", "--sam2", "none.pt"], "--encoder-weights FILE"),
+        (["--data", "SCENES", "--model", "paper", "--sam2", "none.pt"], "beit3_large_patch16_224.pth"),
+        (["--data", "SCENES", "--model", "base", "--encoder", "RN50"], "--encoder-weights"),
+        (["--data", "SCENES", "--model", "base", "--sam2", "x", "--encoder", "RN50", "--encoder-weights", "openai"], "own ViT"),
+        (["--data", "SCENES", "--model", "tiny", "--image-size", "100"], "multiple of 32"),
+        (["--data", "SCENES", "--model", "tiny", "--sam2", "x.pt"], "from scratch reads no weights"),
+        (["--epochs", "0"], "must be positive"),
+        (["--resume", "nowhere"], "nothing to resume"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(args, expected, scenes, tmp_path):
+    (tmp_path / "empty").mkdir()
+    args = [{"SCENES": str(scenes), "EMPTY": "empty"}.get(a, a) for a in args]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        printed = run("train.py", *args, cwd=tmp_path, code=2)
+    assert expected in printed, printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_evaluate_s_errors(tmp_path):
+    assert "no checkpoint at best.pt" in run("evaluate.py", cwd=tmp_path, code=2)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py", "scenes.py"])
+def test_help(script, tmp_path):
+    assert "usage" in run(script, "--help", cwd=tmp_path)

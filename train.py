@@ -1,0 +1,438 @@
+"""Train RS2-SAM 2: one loop for a laptop's CPU and for a GPU.
+
+    python train.py                                 tiny model, generated scenes, from scratch: minutes on two cores
+    python train.py --data RRSIS-D --gpus 1         SAM 2.1-L + CLIP ViT-L-14 on real data under data/RRSIS-D
+    python train.py --resume runs/scenes-tiny-1     go on with an interrupted run
+
+A run's folder holds best.pt (averaged weights, the best validation mIoU + oIoU), last.pt (all that --resume needs),
+log.jsonl (a line an epoch) and panels.png; ./best.pt is a link to the newest run's best.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import Collate, open_dataset
+from encoder import BEiT3Tokenizer
+from evaluate import autocast, best_median_worst, print_report, report, score, to_device, write_panels
+from layouts import DataError
+from losses import total_loss
+from model import PRESETS, RS2SAM2, CheckpointError, count_parameters, load_checkpoint, read_checkpoint, rebuild
+from scenes import make_scenes
+from weights import WeightsError, find_sam2, load_beit3, load_sam2
+
+
+class UsageError(Exception):
+    """A command line that can't be followed. The message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a preset is trained. An epoch is a pass over the training set, or `longest_epoch` samples of a large one."""
+
+    epochs: int = 40
+    longest_epoch: int = 0
+    samples: int = 0  # the budget in samples that takes the place of `epochs`: the same whatever the data set's size
+    batch_size: int = 8
+    lr: float = 1e-4  # of the fusion modules
+    foundation_rate: float = 0.5  # share of lr for everything else that is trained
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    schedule: str = "cosine"  # with 5 % of warm-up; or 'constant': lr / 10 after 50 epochs, as published
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.999  # decay of the averaged weights; 0 keeps the weights themselves
+    augment: str | None = "ours"
+    dice: float = 0.1
+    boundary: float = 0.2
+    pseudo: float = 0.0  # coefficient of the pseudo-mask's own loss
+
+
+RECIPES = {
+    "tiny": Recipe(
+        samples=24_000, longest_epoch=4000, batch_size=16, lr=1.5e-3, foundation_rate=1.0, betas=(0.9, 0.98), weight_decay=0.02,
+        dice=1.0, pseudo=1.0, augment=None,
+    ),
+    "base": Recipe(),
+    "large": Recipe(),
+    "paper": Recipe(schedule="constant", clip=math.inf, ema=0.0, augment="paper"),
+}  # fmt: skip
+
+
+class Stream(torch.utils.data.Sampler):
+    """The training order as one endless stream of positions, pass after pass over the shuffled set, cut anywhere.
+
+    Position n belongs to pass n // size; the item's key is (index, pass), so its phrase and augmentation depend on
+    the seed and the key alone, not on workers, interruptions or batch boundaries.
+    """
+
+    def __init__(self, size: int, seed: int, start: int, stop: int):
+        self.size, self.seed, self.start, self.stop = size, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self):
+        for number in range(self.start // self.size, -(-self.stop // self.size)):
+            order = np.random.default_rng([self.seed, number]).permutation(self.size)
+            first = number * self.size
+            for n in range(max(self.start, first), min(self.stop, first + self.size)):
+                yield int(order[n - first]), number
+
+
+class Average:
+    """Exponential moving average of the trained parameters: what is evaluated and saved as best."""
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.decay, self.steps = decay, 0
+        self.live = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        self.mean = {k: p.detach().clone() for k, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        decay = min(self.decay, self.steps / (10 + self.steps))  # the first steps are soon forgotten
+        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averaged and live weights; call it again to get them back."""
+        for k, p in self.live.items():
+            p.data, self.mean[k] = self.mean[k], p.data
+
+
+def parameter_groups(model: RS2SAM2, lr: float, foundation_rate: float) -> list[dict]:
+    """Two groups for the optimiser: the paper's fusion modules at lr, everything else that is trained at its share."""
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}
+    fusion = {id(p): p for m in model.fusion_modules() for p in m.parameters() if p.requires_grad}
+    foundation = {i: p for i, p in trained.items() if i not in fusion}
+    assert fusion.keys() <= trained.keys() and len(fusion) + len(foundation) == len(trained)
+    groups = ((fusion, lr), (foundation, lr * foundation_rate))
+    return [{"params": list(p.values()), "lr": rate, "peak": rate} for p, rate in groups]
+
+
+def rate_factor(schedule: str, progress: float, epoch: int) -> float:
+    """The learning rate as a share of its peak, after a share `progress` of all steps."""
+    if schedule == "constant":
+        return 1.0 if epoch < 50 else 0.1
+    return min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95)))
+
+
+def write_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Written beside, flushed and renamed: whenever the power goes, `path` is the old file or the new one."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def link_best(best: Path, link: Path = Path("best.pt")) -> None:
+    """Point ./best.pt at a run's best. A regular file of that name is left alone."""
+    if link.is_symlink():
+        link.unlink()
+    if link.exists():
+        print(f"{link} is a file of yours and stays as it is; this run's best is {best}")
+        return
+    link.symlink_to(os.path.relpath(best, link.parent))
+
+
+def revision() -> str:
+    """The git revision of this code, with + where it was changed; '' outside a repository."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
+    return git.stdout.strip() if git.returncode == 0 else ""
+
+
+def free_run(data: str, model: str) -> Path:
+    """runs/<data>-<model>-<number>, the first number that is free."""
+    number = 1
+    while (path := Path("runs") / f"{Path(data).resolve().name}-{model}-{number}").exists():
+        number += 1
+    return path
+
+
+def pick_device(gpus: int | None) -> torch.device:
+    there = torch.cuda.device_count()
+    gpus = min(there, 1) if gpus is None else gpus
+    if gpus > there:
+        raise UsageError(f"--gpus {gpus}: this machine has {there} CUDA card{'s' * (there != 1)}; use --gpus {there}")
+    if gpus > 1:
+        raise UsageError(f"--gpus {gpus}: training runs on one card or on the CPU; use --gpus 1")
+    return torch.device("cuda" if gpus else "cpu")
+
+
+def build_model(args: argparse.Namespace) -> RS2SAM2:
+    """The model of --model with its foundation weights, from files, the hub, or none with --from-scratch."""
+    preset = PRESETS[args.model]
+    scratch = args.from_scratch or args.model == "tiny"
+    if args.image_size:
+        if args.image_size % 32:
+            raise UsageError(f"--image-size {args.image_size}: SAM 2's windows need a multiple of 32")
+        preset = replace(preset, image_size=args.image_size)
+    if args.encoder:
+        if preset.encoder != "open_clip" or args.model == "tiny":
+            raise UsageError(f"--encoder names a model of open_clip for --model base or large; {args.model} has its own")
+        tag = args.encoder_weights if args.encoder_weights and not Path(args.encoder_weights).is_file() else None
+        preset = replace(preset, encoder_name=args.encoder, encoder_tag=tag)
+    if scratch:
+        if args.sam2 or args.encoder_weights:
+            raise UsageError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
+        if preset.encoder == "beit3":
+            raise UsageError("--model paper needs BEiT-3's tokeniser beside its weights: name them with --encoder-weights")
+        return RS2SAM2(replace(preset, train_trunk=True))
+
+    source = args.encoder_weights or preset.encoder_tag
+    if preset.encoder == "beit3":
+        model = RS2SAM2(preset, tokenizer=beit3_tokenizer(source))
+        load_beit3(model, source)
+    elif source is None:
+        raise UsageError(f"--encoder {args.encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
+    else:
+        model = RS2SAM2(preset, pretrained_encoder=source)
+    load_sam2(model, args.sam2 or find_sam2(preset.sam2))
+    return model
+
+
+def beit3_tokenizer(weights: str | None) -> BEiT3Tokenizer:
+    if weights is None:
+        raise WeightsError(
+            "BEiT-3 is not on a hub: download beit3_large_patch16_224.pth and beit3.spm from its authors' release page, "
+            "keep them in one folder and name the first with --encoder-weights"
+        )
+    spm = Path(weights).with_name("beit3.spm")
+    if not spm.is_file():
+        raise WeightsError(f"no BEiT-3 tokeniser at {spm}: put beit3.spm beside the weights")
+    return BEiT3Tokenizer(spm.read_bytes())
+
+
+class Trainer:
+    """The state of a run: model, optimiser, averaged weights, position in the stream of samples."""
+
+    def __init__(self, args: argparse.Namespace, recipe: Recipe, model: RS2SAM2, device, train_set, val_set):
+        self.args, self.recipe, self.device = args, recipe, device
+        self.train_set, self.val_set = train_set, val_set
+        for dataset in (train_set, val_set):
+            dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
+        self.model = model.to(device)
+        self.forward = torch.compile(self.model) if device.type == "cuda" else self.model
+        groups = parameter_groups(model, args.lr, recipe.foundation_rate)
+        self.optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+        # float16 has no range for gradients; bfloat16 and float32 need no scaling
+        fp16 = device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.average = Average(model, recipe.ema)
+        self.samples, self.best, self.saved_at = 0, -1.0, time.time()
+        self.epoch_samples = min(recipe.longest_epoch or len(self.train_set), len(self.train_set))
+        if args.epochs is None:
+            args.epochs = -(-recipe.samples // self.epoch_samples) or recipe.epochs
+        self.total_samples = args.epochs * self.epoch_samples
+
+    def checkpoint(self, metrics: dict) -> dict:
+        """What evaluate.py needs: nothing but this."""
+        tokenizer = getattr(self.model.union_encoder.tokenizer, "model", None)
+        return {
+            "preset": asdict(self.model.preset), "model": self.model.state_dict(), "tokenizer": tokenizer,
+            "model_name": self.args.model, "data": self.args.data, "metrics": metrics,
+            "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()},
+            "epoch": self.samples // self.epoch_samples, "revision": revision(), "torch": str(torch.__version__),
+        }  # fmt: skip
+
+    def save_last(self, metrics: dict) -> None:
+        state = {
+            "average": self.average.mean, "average_steps": self.average.steps, "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "samples": self.samples, "best": self.best,
+        }  # fmt: skip
+        write_checkpoint(self.args.out / "last.pt", self.checkpoint(metrics) | state)
+        self.saved_at = time.time()
+
+    def resume(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for k, v in state["average"].items():
+            self.average.mean[k].copy_(v)
+        self.average.steps, self.samples, self.best = state["average_steps"], state["samples"], state["best"]
+
+    def step(self, batch: dict) -> dict[str, float]:
+        """One optimiser step -> the loss and its terms."""
+        factor = rate_factor(self.recipe.schedule, self.samples / self.total_samples, self.samples // self.epoch_samples)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * max(factor, 1e-3)
+        ids, batch = batch["id"], to_device(batch, self.device)
+        images = self.model.normalise(batch["image"], batch["encoder_image"])
+        with autocast(self.device):
+            output = self.forward(*images, batch["ids"], batch["lengths"])
+        terms = total_loss(output, batch["target"], dice_weight=self.recipe.dice, boundary_weight=self.recipe.boundary, pseudo=self.recipe.pseudo)
+        loss = terms["loss"].item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss} at sample {self.samples} (batch {', '.join(ids)}): look at these samples, or try "
+                f"a lower --lr; {self.args.out / 'last.pt'} holds the last good state"
+            )
+        self.scaler.scale(terms["loss"]).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.average.live.values(), self.recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.average.update()
+        self.samples += len(ids)
+        return {k: v.item() for k, v in terms.items()}
+
+    def run_epoch(self) -> dict[str, float]:
+        """Train to the end of the current epoch -> mean loss and terms, samples per second."""
+        epoch = self.samples // self.epoch_samples
+        stop = (epoch + 1) * self.epoch_samples
+        stream = Stream(len(self.train_set), self.args.seed, self.samples, stop)
+        loader = DataLoader(
+            self.train_set, self.args.batch_size, sampler=stream, num_workers=self.args.workers,
+            collate_fn=Collate(self.model.union_encoder.tokenizer), pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        sums, steps, start, first = {}, 0, time.time(), self.samples
+        self.model.train()
+        with tqdm(total=len(stream), desc=f"epoch {epoch + 1}/{self.args.epochs}", unit="img", disable=None) as bar:
+            for batch in loader:
+                terms = self.step(batch)
+                steps += 1
+                sums = {k: sums.get(k, 0.0) + v for k, v in terms.items()}
+                bar.update(len(batch["id"]))
+                bar.set_postfix(loss=f"{terms['loss']:.3f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
+                if time.time() - self.saved_at > 600:
+                    self.save_last({})
+        return {k: v / steps for k, v in sums.items()} | {"images/s": (self.samples - first) / (time.time() - start)}
+
+    def validate(self) -> dict:
+        """Score the averaged weights on the validation set; keep them if they are the best so far."""
+        if self.recipe.ema:
+            self.average.swap()
+        result = report(score(self.model, self.val_set, batch_size=self.args.batch_size, workers=self.args.workers,
+                              forward=self.forward), "ours")  # fmt: skip
+        quality = result["scores"]["mIoU"] + result["scores"]["oIoU"]
+        if quality > self.best:
+            self.best = quality
+            write_checkpoint(self.args.out / "best.pt", self.checkpoint(result["scores"]))
+            link_best(self.args.out / "best.pt")
+        if self.recipe.ema:
+            self.average.swap()
+        return result["scores"]
+
+    def run(self) -> None:
+        """Train to the end, then score and picture the best weights."""
+        while self.samples < self.total_samples:
+            line = self.run_epoch()
+            scores = self.validate()
+            self.save_last(scores)
+            epoch = self.samples // self.epoch_samples
+            line = {"epoch": epoch, "samples": self.samples} | line | {"val": scores}
+            with open(self.args.out / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+            print(f"epoch {epoch}: loss {line['loss']:.3f}, {line['images/s']:.1f} images/s, "
+                  f"val mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}", flush=True)  # fmt: skip
+        best, _ = load_checkpoint(self.args.out / "best.pt", self.device)
+        rows = score(best, self.val_set, batch_size=self.args.batch_size, workers=self.args.workers)
+        print(f"\nbest weights on the validation set of {self.args.data}, per cent:")
+        print_report(report(rows, "ours"))
+        write_panels(self.args.out / "panels.png", best, self.val_set, best_median_worst(rows, 12))
+        print(f"\nwrote {self.args.out / 'best.pt'} and {self.args.out / 'panels.png'}; score it with "
+              f"`python evaluate.py --ckpt {self.args.out / 'best.pt'}`")  # fmt: skip
+
+
+def parse_args() -> tuple[argparse.Namespace, dict | None]:
+    """-> (the command line, with what is left to choose filled in; the checkpoint to go on from or None)"""
+    def positive(kind):
+        def read(text):
+            if not kind(text) > 0:
+                raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+            return kind(text)
+
+        return read
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="scenes", help="data set: scenes (generated, the default), RRSIS-D, RefSegRS, RISBench, or a path")
+    add("--model", choices=PRESETS, help="preset (default: tiny on generated scenes, large on real data)")
+    add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>-<model>-<number>)")
+    add("--epochs", type=positive(int), help="default: the preset's recipe")
+    add("--batch-size", type=positive(int), help="default: the preset's recipe")
+    add("--lr", type=positive(float), help="peak learning rate of the fusion modules (default: the preset's recipe)")
+    add("--image-size", type=positive(int), help="side of SAM 2's input, a multiple of 32 (default: the preset's)")
+    add("--seed", type=int, default=0, help="of initial weights, data order and augmentation (default: 0)")
+    add("--gpus", type=int, help="0 trains on the CPU (default: 1 if there is a CUDA card, else 0)")
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that load data")
+    add("--resume", type=Path, metavar="RUN", help="go on with the run in this folder; flags given anew win over its own")
+    add("--skip-missing", action="store_true", help="leave out samples whose image or mask file is missing")
+    add("--from-scratch", action="store_true", help="start from random weights, all trained (tiny always does)")
+    add("--sam2", metavar="FILE", help="SAM 2 weights of the preset's size (default: downloaded)")
+    add("--encoder", metavar="NAME", help="another open_clip model as union encoder, e.g. ViT-B-32 (base, large)")
+    add("--encoder-weights", metavar="TAG|FILE", help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file")
+    args = parser.parse_args()
+    checkpoint = None
+    if args.resume:
+        last = args.resume / "last.pt" if args.resume.is_dir() else args.resume
+        if not last.is_file():
+            raise UsageError(f"nothing to resume: {last} does not exist; give the folder of a run that holds last.pt")
+        checkpoint = read_checkpoint(last)
+        if "optimizer" not in checkpoint:
+            raise UsageError(f"{last} holds weights alone and can't be gone on with: name the run's folder or its last.pt")
+        parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k != "resume"})
+        args = parser.parse_args()
+        args.out = last.parent
+    args.model = args.model or ("tiny" if Path(args.data).name == "scenes" else "large")
+    recipe = RECIPES[args.model]
+    args.batch_size = args.batch_size or recipe.batch_size
+    args.lr = args.lr or recipe.lr
+    return args, checkpoint
+
+
+def main() -> None:
+    args, checkpoint = parse_args()
+    device = pick_device(args.gpus)
+    torch.manual_seed(args.seed)
+    if args.data == "scenes" and not Path("data/scenes").exists():
+        print("generating scenes under data/scenes (once, a minute or two)")
+        make_scenes(Path("data/scenes"))
+    recipe = RECIPES[args.model]
+    train_set = open_dataset(args.data, "train", augment=recipe.augment, seed=args.seed, skip_missing=args.skip_missing)
+    val_set = open_dataset(args.data, "val", skip_missing=args.skip_missing)
+    model = rebuild(checkpoint) if checkpoint else build_model(args)
+    trainer = Trainer(args, recipe, model, device, train_set, val_set)
+    if checkpoint:
+        trainer.resume(checkpoint)
+    else:
+        args.out = args.out or free_run(args.data, args.model)
+        if (args.out / "last.pt").exists() or (args.out / "best.pt").exists():
+            raise UsageError(f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}")
+        args.out.mkdir(parents=True, exist_ok=True)
+    counts = count_parameters(model)
+    print(f"{args.model} on {args.data} ({len(trainer.train_set)} training targets, {len(trainer.val_set)} validation "
+          f"phrases), {device}, run {args.out}\nparameters: {counts['total']:,} total, {counts['trained']:,} trained, "
+          f"{counts['frozen']:,} frozen", flush=True)  # fmt: skip
+    try:
+        trainer.run()
+    except torch.OutOfMemoryError:
+        raise UsageError(
+            f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try --batch-size "
+            f"{max(1, args.batch_size // 2)} or a smaller --image-size"
+        ) from None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UsageError, DataError, WeightsError, CheckpointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(1)
