@@ -13,7 +13,7 @@ Letters: B batch, S side of the image, E side of the union encoder's image, L te
 encoder, C width of SAM 2's decoder, g side of the union encoder's grid, s = S/16 side of SAM 2's image embedding.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from encoder import IMAGENET_MEAN, IMAGENET_STD, BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder
 from fusion import DecoderFusion, FusedHiera
 from prompt_gen import MaskPromptGenerator, SparsePrompt, dense_prompt
-from weights import load_open_clip, open_clip_model
+from weights import (
+    WeightsError,
+    beit3_tokenizer_file,
+    find_sam2,
+    load_beit3,
+    load_open_clip,
+    load_sam2,
+    open_clip_model,
+)
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,10 @@ class RS2SAM2(nn.Module):
         self.decoder_fusion = DecoderFusion(dim, positions=ours)
         side = preset.image_size // 16
         self.prompt_encoder = PromptEncoder(
-            embed_dim=dim, image_embedding_size=(side, side), input_image_size=(preset.image_size,) * 2, mask_in_chans=16
+            embed_dim=dim,
+            image_embedding_size=(side, side),
+            input_image_size=(preset.image_size,) * 2,
+            mask_in_chans=16,
         )
         self.mask_decoder = MaskDecoder(
             transformer=TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=heads, mlp_dim=preset.decoder["mlp"]),
@@ -244,6 +255,44 @@ class RS2SAM2(nn.Module):
         )  # (B, 1, 4s, 4s)  # fmt: skip
         # The published output is the pair (1 - p, p); the logit of its soft-max is 2p - 1.
         return 2 * p - 1  # (B, 1, S/4, S/4)
+
+
+def build(name, image_size=None, from_scratch=False, sam2_file=None, encoder=None, encoder_weights=None) -> RS2SAM2:
+    """The model of a preset with its foundation weights, from files or the hub, or with none.
+
+    name: one of PRESETS; image_size: instead of the preset's; from_scratch: random weights, all trained (`tiny` always);
+    sam2_file: a SAM 2 file of the preset's size; encoder: another open_clip model as union encoder; encoder_weights: a
+    pretrained tag of open_clip or a file, or BEiT-3's file with beit3.spm beside it. WeightsError in one sentence.
+    """
+    preset = PRESETS[name]
+    if image_size:
+        if image_size % 32:
+            raise WeightsError(f"image size {image_size}: SAM 2's windows need a multiple of 32")
+        preset = replace(preset, image_size=image_size)
+    if encoder:
+        if name not in ("base", "large"):
+            raise WeightsError(f"--encoder {encoder}: preset {name} has a union encoder of its own; use base or large")
+        tag = encoder_weights if encoder_weights and not Path(encoder_weights).is_file() else None
+        preset = replace(preset, encoder_name=encoder, encoder_tag=tag)
+    if from_scratch or name == "tiny":
+        if sam2_file or encoder_weights:
+            raise WeightsError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
+        if preset.encoder == "beit3":
+            raise WeightsError(
+                "preset paper needs BEiT-3's tokeniser, beside its weights: name them by --encoder-weights"
+            )
+        return RS2SAM2(replace(preset, train_trunk=True))
+
+    source = encoder_weights or preset.encoder_tag
+    if preset.encoder == "beit3":
+        model = RS2SAM2(preset, tokenizer=BEiT3Tokenizer(beit3_tokenizer_file(source).read_bytes()))
+        load_beit3(model, source)
+    elif source is None:
+        raise WeightsError(f"--encoder {encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
+    else:
+        model = RS2SAM2(preset, pretrained_encoder=source)
+    load_sam2(model, sam2_file or find_sam2(preset.sam2))
+    return model
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

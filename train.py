@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import Collate, open_dataset
-from encoder import BEiT3Tokenizer
-from evaluate import autocast, best_median_worst, print_report, report, score, to_device, write_panels
+from evaluate import autocast, best_median_worst, compute_dtype, print_report, report, score, to_device, write_panels
 from layouts import DataError
 from losses import total_loss
-from model import PRESETS, RS2SAM2, CheckpointError, count_parameters, load_checkpoint, read_checkpoint, rebuild
+from model import PRESETS, RS2SAM2, CheckpointError, build, count_parameters, load_checkpoint, read_checkpoint, rebuild
 from scenes import make_scenes
-from weights import WeightsError, find_sam2, load_beit3, load_sam2
+from weights import WeightsError
 
 
 class UsageError(Exception):
@@ -91,18 +90,21 @@ class Stream(torch.utils.data.Sampler):
 
 
 class Average:
-    """Exponential moving average of the trained parameters: what is evaluated and saved as best."""
+    """Exponential moving average of the trained parameters: what is evaluated and saved as best.
+
+    With decay 0 there is none, and the live parameters are."""
 
     def __init__(self, model: torch.nn.Module, decay: float):
         self.decay, self.steps = decay, 0
-        self.live = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        self.live = {k: p for k, p in model.named_parameters() if p.requires_grad} if decay else {}
         self.mean = {k: p.detach().clone() for k, p in self.live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, self.steps / (10 + self.steps))  # the first steps are soon forgotten
-        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - decay)
+        if self.live:
+            torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -173,50 +175,6 @@ def pick_device(gpus: int | None) -> torch.device:
     return torch.device("cuda" if gpus else "cpu")
 
 
-def build_model(args: argparse.Namespace) -> RS2SAM2:
-    """The model of --model with its foundation weights, from files, the hub, or none with --from-scratch."""
-    preset = PRESETS[args.model]
-    scratch = args.from_scratch or args.model == "tiny"
-    if args.image_size:
-        if args.image_size % 32:
-            raise UsageError(f"--image-size {args.image_size}: SAM 2's windows need a multiple of 32")
-        preset = replace(preset, image_size=args.image_size)
-    if args.encoder:
-        if preset.encoder != "open_clip" or args.model == "tiny":
-            raise UsageError(f"--encoder names a model of open_clip for --model base or large; {args.model} has its own")
-        tag = args.encoder_weights if args.encoder_weights and not Path(args.encoder_weights).is_file() else None
-        preset = replace(preset, encoder_name=args.encoder, encoder_tag=tag)
-    if scratch:
-        if args.sam2 or args.encoder_weights:
-            raise UsageError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
-        if preset.encoder == "beit3":
-            raise UsageError("--model paper needs BEiT-3's tokeniser beside its weights: name them with --encoder-weights")
-        return RS2SAM2(replace(preset, train_trunk=True))
-
-    source = args.encoder_weights or preset.encoder_tag
-    if preset.encoder == "beit3":
-        model = RS2SAM2(preset, tokenizer=beit3_tokenizer(source))
-        load_beit3(model, source)
-    elif source is None:
-        raise UsageError(f"--encoder {args.encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
-    else:
-        model = RS2SAM2(preset, pretrained_encoder=source)
-    load_sam2(model, args.sam2 or find_sam2(preset.sam2))
-    return model
-
-
-def beit3_tokenizer(weights: str | None) -> BEiT3Tokenizer:
-    if weights is None:
-        raise WeightsError(
-            "BEiT-3 is not on a hub: download beit3_large_patch16_224.pth and beit3.spm from its authors' release page, "
-            "keep them in one folder and name the first with --encoder-weights"
-        )
-    spm = Path(weights).with_name("beit3.spm")
-    if not spm.is_file():
-        raise WeightsError(f"no BEiT-3 tokeniser at {spm}: put beit3.spm beside the weights")
-    return BEiT3Tokenizer(spm.read_bytes())
-
-
 class Trainer:
     """The state of a run: model, optimiser, averaged weights, position in the stream of samples."""
 
@@ -228,9 +186,10 @@ class Trainer:
         self.model = model.to(device)
         self.forward = torch.compile(self.model) if device.type == "cuda" else self.model
         groups = parameter_groups(model, args.lr, recipe.foundation_rate)
+        self.trained = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
         # float16 has no range for gradients; bfloat16 and float32 need no scaling
-        fp16 = device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        fp16 = device.type == "cuda" and compute_dtype() == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = Average(model, recipe.ema)
         self.samples, self.best, self.saved_at = 0, -1.0, time.time()
@@ -266,14 +225,22 @@ class Trainer:
 
     def step(self, batch: dict) -> dict[str, float]:
         """One optimiser step -> the loss and its terms."""
-        factor = rate_factor(self.recipe.schedule, self.samples / self.total_samples, self.samples // self.epoch_samples)
+        factor = rate_factor(
+            self.recipe.schedule, self.samples / self.total_samples, self.samples // self.epoch_samples
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * max(factor, 1e-3)
         ids, batch = batch["id"], to_device(batch, self.device)
         images = self.model.normalise(batch["image"], batch["encoder_image"])
         with autocast(self.device):
             output = self.forward(*images, batch["ids"], batch["lengths"])
-        terms = total_loss(output, batch["target"], dice_weight=self.recipe.dice, boundary_weight=self.recipe.boundary, pseudo=self.recipe.pseudo)
+        terms = total_loss(
+            output,
+            batch["target"],
+            dice_weight=self.recipe.dice,
+            boundary_weight=self.recipe.boundary,
+            pseudo=self.recipe.pseudo,
+        )
         loss = terms["loss"].item()
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -282,7 +249,7 @@ class Trainer:
             )
         self.scaler.scale(terms["loss"]).backward()
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.average.live.values(), self.recipe.clip)
+        torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -314,8 +281,7 @@ class Trainer:
 
     def validate(self) -> dict:
         """Score the averaged weights on the validation set; keep them if they are the best so far."""
-        if self.recipe.ema:
-            self.average.swap()
+        self.average.swap()
         result = report(score(self.model, self.val_set, batch_size=self.args.batch_size, workers=self.args.workers,
                               forward=self.forward), "ours")  # fmt: skip
         quality = result["scores"]["mIoU"] + result["scores"]["oIoU"]
@@ -323,8 +289,7 @@ class Trainer:
             self.best = quality
             write_checkpoint(self.args.out / "best.pt", self.checkpoint(result["scores"]))
             link_best(self.args.out / "best.pt")
-        if self.recipe.ema:
-            self.average.swap()
+        self.average.swap()
         return result["scores"]
 
     def run(self) -> None:
@@ -350,6 +315,7 @@ class Trainer:
 
 def parse_args() -> tuple[argparse.Namespace, dict | None]:
     """-> (the command line, with what is left to choose filled in; the checkpoint to go on from or None)"""
+
     def positive(kind):
         def read(text):
             if not kind(text) > 0:
@@ -360,7 +326,11 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", default="scenes", help="data set: scenes (generated, the default), RRSIS-D, RefSegRS, RISBench, or a path")
+    add(
+        "--data",
+        default="scenes",
+        help="data set: scenes (generated, the default), RRSIS-D, RefSegRS, RISBench, or a path",
+    )
     add("--model", choices=PRESETS, help="preset (default: tiny on generated scenes, large on real data)")
     add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>-<model>-<number>)")
     add("--epochs", type=positive(int), help="default: the preset's recipe")
@@ -370,12 +340,21 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     add("--seed", type=int, default=0, help="of initial weights, data order and augmentation (default: 0)")
     add("--gpus", type=int, help="0 trains on the CPU (default: 1 if there is a CUDA card, else 0)")
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that load data")
-    add("--resume", type=Path, metavar="RUN", help="go on with the run in this folder; flags given anew win over its own")
+    add(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with the run in this folder; flags given anew win over its own",
+    )
     add("--skip-missing", action="store_true", help="leave out samples whose image or mask file is missing")
     add("--from-scratch", action="store_true", help="start from random weights, all trained (tiny always does)")
     add("--sam2", metavar="FILE", help="SAM 2 weights of the preset's size (default: downloaded)")
     add("--encoder", metavar="NAME", help="another open_clip model as union encoder, e.g. ViT-B-32 (base, large)")
-    add("--encoder-weights", metavar="TAG|FILE", help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file")
+    add(
+        "--encoder-weights",
+        metavar="TAG|FILE",
+        help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file",
+    )
     args = parser.parse_args()
     checkpoint = None
     if args.resume:
@@ -384,7 +363,9 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
             raise UsageError(f"nothing to resume: {last} does not exist; give the folder of a run that holds last.pt")
         checkpoint = read_checkpoint(last)
         if "optimizer" not in checkpoint:
-            raise UsageError(f"{last} holds weights alone and can't be gone on with: name the run's folder or its last.pt")
+            raise UsageError(
+                f"{last} holds weights alone and can't be gone on with: name the run's folder or its last.pt"
+            )
         parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k != "resume"})
         args = parser.parse_args()
         args.out = last.parent
@@ -393,6 +374,13 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     args.batch_size = args.batch_size or recipe.batch_size
     args.lr = args.lr or recipe.lr
     return args, checkpoint
+
+
+def new_model(args: argparse.Namespace) -> RS2SAM2:
+    return build(
+        args.model, args.image_size, args.from_scratch, sam2_file=args.sam2, encoder=args.encoder,
+        encoder_weights=args.encoder_weights,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -405,14 +393,16 @@ def main() -> None:
     recipe = RECIPES[args.model]
     train_set = open_dataset(args.data, "train", augment=recipe.augment, seed=args.seed, skip_missing=args.skip_missing)
     val_set = open_dataset(args.data, "val", skip_missing=args.skip_missing)
-    model = rebuild(checkpoint) if checkpoint else build_model(args)
+    model = rebuild(checkpoint) if checkpoint else new_model(args)
     trainer = Trainer(args, recipe, model, device, train_set, val_set)
     if checkpoint:
         trainer.resume(checkpoint)
     else:
         args.out = args.out or free_run(args.data, args.model)
         if (args.out / "last.pt").exists() or (args.out / "best.pt").exists():
-            raise UsageError(f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}")
+            raise UsageError(
+                f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}"
+            )
         args.out.mkdir(parents=True, exist_ok=True)
     counts = count_parameters(model)
     print(f"{args.model} on {args.data} ({len(trainer.train_set)} training targets, {len(trainer.val_set)} validation "

@@ -69,7 +69,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pt, .pth, .bin or .safetensors file, unwrapped from {"model": ...} or {"state_dict": ...}."""
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"no weights file at {path}: give the path of an existing .pt, .pth, .bin or .safetensors file")
+        raise WeightsError(
+            f"no weights file at {path}: give the path of an existing .pt, .pth, .bin or .safetensors file"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -134,6 +136,19 @@ def load_beit3(model: nn.Module, path: str | Path) -> None:
     load_named(model, state, str(path), required=lambda name: name.startswith("union_encoder."))
 
 
+def beit3_tokenizer_file(weights: str | None) -> Path:
+    """The SentencePiece model beit3.spm beside BEiT-3's weights."""
+    if weights is None:
+        raise WeightsError(
+            "BEiT-3 is not on a hub: download beit3_large_patch16_224.pth and beit3.spm from its authors' release page, "
+            "keep them in one folder and name the first with --encoder-weights"
+        )
+    spm = Path(weights).with_name("beit3.spm")
+    if not spm.is_file():
+        raise WeightsError(f"no BEiT-3 tokeniser at {spm}: put beit3.spm beside the weights")
+    return spm
+
+
 def find_sam2(config: str) -> Path:
     """The SAM 2 file that belongs to a YAML of the sam2 package, from the hub's cache or downloaded."""
     from huggingface_hub import hf_hub_download
@@ -161,7 +176,9 @@ def open_clip_model(model: str | dict, tag: str | None = None) -> nn.Module:
         return open_clip.CLIP(**model)
     config = open_clip.get_model_config(model)
     if config is None:
-        raise WeightsError(f"open_clip has no model {model!r}: `python -c 'import open_clip; print(open_clip.list_models())'`")
+        raise WeightsError(
+            f"open_clip has no model {model!r}: `python -c 'import open_clip; print(open_clip.list_models())'`"
+        )
     vision, text = config["vision_cfg"], config["text_cfg"]
     plain = not (config.get("custom_text") or {"hf_model_name", "hf_tokenizer_name"} & text.keys())
     if not plain or "timm_model_name" in vision or not isinstance(vision.get("layers"), int):

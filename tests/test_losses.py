@@ -18,7 +18,12 @@ def blob(size=12):
 def test_cross_entropy_by_hand():
     z = torch.tensor([[[2.0, -1.0], [0.5, 0.0]]])
     target = torch.tensor([[[1, 0], [0, 1]]])
-    pixels = [1.1 * math.log1p(math.exp(-2)), 0.9 * math.log1p(math.exp(-1)), 0.9 * math.log1p(math.exp(0.5)), 1.1 * math.log(2)]
+    pixels = [
+        1.1 * math.log1p(math.exp(-2)),
+        0.9 * math.log1p(math.exp(-1)),
+        0.9 * math.log1p(math.exp(0.5)),
+        1.1 * math.log(2),
+    ]
     assert losses.cross_entropy(z, target).item() == pytest.approx(sum(pixels) / 4.0, rel=1e-6)
 
 
@@ -89,7 +94,9 @@ def test_total_is_the_mean_over_samples_so_batches_may_be_split():
     )
     target = (torch.rand(4, 32, 32, generator=generator) > 0.6).to(torch.uint8)
     whole = losses.total_loss(output, target, pseudo=0.5)
-    halves = [losses.total_loss(Output(*(t[s] for t in output)), target[s], pseudo=0.5) for s in (slice(2), slice(2, 4))]
+    halves = [
+        losses.total_loss(Output(*(t[s] for t in output)), target[s], pseudo=0.5) for s in (slice(2), slice(2, 4))
+    ]
     for name in whole:
         torch.testing.assert_close(whole[name], (halves[0][name] + halves[1][name]) / 2)
 

@@ -14,7 +14,15 @@ from model import PRESETS, RS2SAM2, CheckpointError, Preset, count_parameters, l
 from weights import is_unused, our_name
 
 FIXTURES = Path(os.environ["FIXTURES"]) if os.environ.get("FIXTURES") else None
-SMALL_BEIT3 = {"width": 32, "layers": 2, "heads": 4, "hidden": 64, "vocabulary": 100, "image_size": 64, "text_positions": 64}
+SMALL_BEIT3 = {
+    "width": 32,
+    "layers": 2,
+    "heads": 4,
+    "hidden": 64,
+    "vocabulary": 100,
+    "image_size": 64,
+    "text_positions": 64,
+}
 
 
 def small_preset(encoder: str) -> Preset:
@@ -172,4 +180,8 @@ def test_the_paper_s_preset_counts_as_published(paper_model):
 
 def test_the_union_encoder_of_the_paper_is_beit3_large(paper_model):
     assert isinstance(paper_model.union_encoder, BEiT3Encoder)
-    assert (paper_model.union_encoder.width, paper_model.union_encoder.grid, paper_model.preset.image_size) == (1024, 14, 1024)
+    assert (paper_model.union_encoder.width, paper_model.union_encoder.grid, paper_model.preset.image_size) == (
+        1024,
+        14,
+        1024,
+    )

@@ -125,7 +125,9 @@ def test_fused_trunk(path):
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()}
     trunk = FusedHiera(Hiera(**args), text_dim=256)
     blocks = len(trunk.trunk.blocks)
-    used = {k: v for k, v in part(tensors, "w/").items() if not is_unused(f"visual_model.image_encoder.trunk.{k}", blocks)}
+    used = {
+        k: v for k, v in part(tensors, "w/").items() if not is_unused(f"visual_model.image_encoder.trunk.{k}", blocks)
+    }
     assert len(used) < len(part(tensors, "w/"))  # the last block's text update
     weights = load(trunk.trunk, used, "visual_model.image_encoder.trunk.")
     image, text = tensors["in/image"].requires_grad_(), tensors["in/text"].requires_grad_()
@@ -156,7 +158,9 @@ def test_decoder_fusion(path):
     tensors, config = read(path)
     fusion = DecoderFusion(config["d_model"])
     weights = {
-        k: dict(fusion.named_parameters())[our_name(f"visual_model.sam_mask_decoder.{k}").removeprefix("decoder_fusion.")]
+        k: dict(fusion.named_parameters())[
+            our_name(f"visual_model.sam_mask_decoder.{k}").removeprefix("decoder_fusion.")
+        ]
         for k in part(tensors, "w/")
     }
     with torch.no_grad():
@@ -427,4 +431,6 @@ def test_whole_model_compact(path):
         assert grad.norm() == pytest.approx(norm.item(), rel=2e-3, abs=1e-7), name
         # The dot product with a random direction is compared at the scale it has: |grad| |direction| / sqrt(n).
         scale = norm.item() * direction.norm().item() / direction.numel() ** 0.5
-        assert (grad * direction).sum().item() == pytest.approx(dot.item(), abs=2e-3 * max(scale, abs(dot.item())) + 1e-7), name
+        assert (grad * direction).sum().item() == pytest.approx(
+            dot.item(), abs=2e-3 * max(scale, abs(dot.item())) + 1e-7
+        ), name

@@ -208,7 +208,10 @@ def test_another_run_s_checkpoint_is_not_overwritten(finished, scenes):
         (["--data", "SCENES", "--model", "large", "--sam2", "none.pt"], "--encoder-weights FILE"),
         (["--data", "SCENES", "--model", "paper", "--sam2", "none.pt"], "beit3_large_patch16_224.pth"),
         (["--data", "SCENES", "--model", "base", "--encoder", "RN50"], "--encoder-weights"),
-        (["--data", "SCENES", "--model", "base", "--sam2", "x", "--encoder", "RN50", "--encoder-weights", "openai"], "own ViT"),
+        (
+            ["--data", "SCENES", "--model", "base", "--sam2", "x", "--encoder", "RN50", "--encoder-weights", "openai"],
+            "own ViT",
+        ),
         (["--data", "SCENES", "--model", "tiny", "--image-size", "100"], "multiple of 32"),
         (["--data", "SCENES", "--model", "tiny", "--sam2", "x.pt"], "from scratch reads no weights"),
         (["--epochs", "0"], "must be positive"),

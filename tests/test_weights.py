@@ -8,11 +8,11 @@ import open_clip
 import pytest
 import torch
 from sam2.build_sam import build_sam2
+from test_model import SMALL_BEIT3, OnMeta
 
 import weights
 from encoder import BEiT3Tokenizer
 from model import PRESETS, RS2SAM2
-from test_model import SMALL_BEIT3, OnMeta
 from weights import WeightsError, load_beit3, load_open_clip, load_sam2, open_clip_model
 
 SIZES = ["t", "s", "b+", "l"]
@@ -68,7 +68,15 @@ def test_every_key_of_every_size_finds_its_place(config):
     named = {f"visual_model.{k}": v.shape for k, v in sam.state_dict().items()}
     mapped = {weights.our_name(k): shape for k, shape in named.items() if not weights.is_unused(k, blocks)}
     assert mapped == {k: ours[k] for k in mapped}
-    added = ("adapter.", "union_encoder", "text_features", "text_weight", "sparse_prompt", "mask_prompt", "decoder_fusion")
+    added = (
+        "adapter.",
+        "union_encoder",
+        "text_features",
+        "text_weight",
+        "sparse_prompt",
+        "mask_prompt",
+        "decoder_fusion",
+    )
     assert all(any(part in k for part in added) for k in ours.keys() - mapped.keys())
 
 
