@@ -30,8 +30,8 @@ CATEGORIES = {
 }
 COLOURS = {"red": (204, 36, 40), "blue": (36, 84, 214), "green": (24, 172, 84), "yellow": (242, 212, 36),
            "white": (242, 242, 240), "gray": (148, 150, 155)}
-# Factors on a category's medium length: the smallest large one is 1.7 times the largest small one.
-SIZES = {"small": (0.72, 0.78), "medium": (0.95, 1.08), "large": (1.33, 1.46)}
+# Factors on a category's medium length: the smallest large one is 1.5 times the largest small one.
+SIZES = {"small": (0.82, 0.9), "medium": (1.06, 1.16), "large": (1.35, 1.48)}
 # Kind of phrase -> its weight when a scene's next phrase is drawn among the kinds available there. Colour
 # with position, and size, are available less often than the others: their weights exceed the shares wanted.
 KINDS = {"category": 0.05, "colour": 0.15, "size": 0.20, "position": 0.22, "colour+position": 0.34, "relation": 0.15,
@@ -305,7 +305,7 @@ def place_objects(rng, categories, water):
     palette = {c: rng.permutation(list(COLOURS))[:rng.integers(2, 4)] for c in dict.fromkeys(categories)}
     taken = np.zeros((size, size), np.uint8)
     for category in sorted(categories, key=lambda c: -CATEGORIES[c][2]):  # the largest find room first
-        kind, colour = str(rng.choice([*SIZES], p=(0.45, 0.1, 0.45))), str(pick(rng, palette[category]))
+        kind, colour = str(rng.choice([*SIZES], p=(0.35, 0.25, 0.4))), str(pick(rng, palette[category]))
         length = CATEGORIES[category][2] * rng.uniform(*SIZES[kind]) * size / 128
         # What is tall leans in the scene's one direction of view, and so does the gloss of the tanks.
         angle = lean + rng.normal() * 6 if category in ("chimney", "storagetank") else rng.uniform(0, 360)
@@ -335,10 +335,10 @@ def scene(seed, split, index, size=128):
     if not 96 <= size <= 256:
         raise ValueError(f"The size must be from 96 to 256 pixels, not {size}.")
     rng = np.random.default_rng([seed, SPLITS[split], index])
-    # By difficulty: one category 2 to 4 times, mostly a second one 2 or 3 times, others once; 5 to 8 objects.
+    # By difficulty: one category 2, then up to 3, then 3 or 4 times; mostly a second one 2 or 3 times, others once.
     difficulty = int(rng.integers(3))
-    total, main = 5 + difficulty + int(rng.integers(2)), int(rng.integers(2 + difficulty, 5))
-    second = min(int(rng.integers(2, 4)), total - main - 1) if rng.random() < 0.85 else 1
+    total, main = 5 + difficulty + int(rng.integers(2)), int(rng.integers(2 + difficulty // 2, 3 + difficulty))
+    second = min(2 + int(rng.random() < 0.25), total - main - 1) if rng.random() < 0.85 else 1
     names = [str(n) for n in rng.permutation(list(CATEGORIES))]
     categories = [names[0]] * main + [names[1]] * second + names[2:2 + total - main - second]
     image, water = ground(rng, size, (difficulty + rng.random()) / 3, bool({"ship", "harbor"} & set(categories)))
