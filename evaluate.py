@@ -203,6 +203,8 @@ def main() -> None:
     try:
         if args.json and args.json.exists():
             raise DataError(f"{args.json} exists: name another file, nothing is overwritten")
+        if args.json and not args.json.parent.is_dir():
+            raise DataError(f"there is no folder {args.json.parent} to write {args.json.name} into")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, checkpoint = load_checkpoint(args.ckpt, device)
         data = args.data or checkpoint["data"]

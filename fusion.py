@@ -190,13 +190,14 @@ class FusedHiera(nn.Module):
 class DecoderFusion(nn.Module):
     """The last fusion, before the mask decoder: the image embedding times what each of its places reads in the text.
 
-    A product without residual or norm. embedding (B, C, H, W), place (1, C, H, W) SAM 2's dense position encoding, text
-    (B, L, C) as the union encoder gave it, text_mask (B, L) bool or None -> (B, C, H, W).
+    The published product has no residual, so training starts from an embedding that is all but erased; `residual` (in
+    architecture `ours`) multiplies by 1 + what is read. embedding (B, C, H, W), place (1, C, H, W) SAM 2's dense position
+    encoding, text (B, L, C) as the union encoder gave it, text_mask (B, L) bool or None -> (B, C, H, W).
     """
 
-    def __init__(self, dim: int, heads: int = 8, positions: bool = False):
+    def __init__(self, dim: int, heads: int = 8, positions: bool = False, residual: bool = False):
         super().__init__()
-        self.positions = positions
+        self.positions, self.residual = positions, residual
         self.attention = CrossAttention(dim, heads)
 
     def forward(self, embedding: Tensor, place: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
@@ -205,4 +206,5 @@ class DecoderFusion(nn.Module):
         if self.positions:
             query = query + sincos_2d(H, W, C, like=query)  # (B, HW, C)
         read = self.attention(query, text, text_mask)  # (B, HW, C)
-        return embedding * read.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
+        factor = 1 + read if self.residual else read  # (B, HW, C)
+        return embedding * factor.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)

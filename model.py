@@ -32,6 +32,8 @@ from prompt_gen import MaskPromptGenerator, SparsePrompt, dense_prompt
 from weights import (
     WeightsError,
     beit3_tokenizer_file,
+    existing,
+    find_open_clip,
     find_sam2,
     load_beit3,
     load_open_clip,
@@ -45,8 +47,8 @@ class Preset:
     """Everything that fixes the network. A checkpoint holds it, so it can be rebuilt from the file alone.
 
     architecture: 'published' (the paper's release, to the letter) or 'ours': position codes in every adapter, before the
-    pseudo-mask's match and in the decoder's fusion, four sparse tokens instead of one, and the pseudo-mask enters SAM 2's
-    mask path as logits, for which that path was trained, instead of as a probability.
+    pseudo-mask's match and in the decoder's fusion, whose two products get a residual; four sparse tokens, not one; and
+    the pseudo-mask enters SAM 2's mask path as logits, for which that path was trained, not as a probability.
     """
 
     architecture: str
@@ -64,7 +66,7 @@ class Preset:
 
 TINY_CLIP = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": 128, "patch_size": 8, "width": 64, "head_width": 16, "layers": 2},
+    "vision_cfg": {"image_size": 128, "patch_size": 8, "width": 96, "head_width": 32, "layers": 2},
     "text_cfg": {"width": 64, "heads": 4, "layers": 1},
 }
 
@@ -79,7 +81,7 @@ PRESETS = {
         decoder={"dim": 64, "heads": 4, "mlp": 256},
         encoder="open_clip",
         encoder_name=TINY_CLIP,
-        encoder_args={"width": 64, "joint_layers": 3, "joint_heads": 4},
+        encoder_args={"width": 64, "joint_layers": 2, "joint_heads": 2},
         image_size=128,
         reduction=1,
         train_trunk=True,
@@ -132,13 +134,13 @@ def build_image_encoder(preset: Preset) -> nn.Module:
 
 
 class RS2SAM2(nn.Module):
-    """The whole model. Built with random weights; `weights.py` reads foundation and published ones into it.
+    """The whole model. Built with random weights, but for a `clip` that is given; `build` reads foundation ones into it.
 
     forward(image (B, 3, S, S), encoder_image (B, 3, E, E), ids (B, L) int64, lengths (B,) int64) -> Output.
     Images are float and normalised (see `normalise`); ids and lengths come from `union_encoder.tokenizer`.
     """
 
-    def __init__(self, preset: Preset, pretrained_encoder: str | None = None, tokenizer=None):
+    def __init__(self, preset: Preset, clip: nn.Module | None = None, tokenizer: BEiT3Tokenizer | None = None):
         super().__init__()
         if preset.image_size % 32:
             raise ValueError(f"the image size must be a multiple of 32 (SAM 2's first window), got {preset.image_size}")
@@ -149,19 +151,18 @@ class RS2SAM2(nn.Module):
         if preset.encoder == "beit3":
             self.union_encoder = BEiT3Encoder(**preset.encoder_args, tokenizer=tokenizer)
         else:
-            clip = open_clip_model(preset.encoder_name, preset.encoder_tag)
-            if pretrained_encoder:
-                load_open_clip(clip, preset.encoder_name, pretrained_encoder)
-            elif isinstance(preset.encoder_name, dict):
+            if clip is None:
+                clip = open_clip_model(preset.encoder_name, preset.encoder_tag)
                 # Words that start almost alike (open_clip's 0.02) are not told apart for thousands of samples.
                 nn.init.normal_(clip.token_embedding.weight, std=0.5)
+                nn.init.normal_(clip.positional_embedding, std=0.1)
             self.union_encoder = OpenCLIPEncoder(clip, **preset.encoder_args)
         width = self.union_encoder.width
 
         self.text_features = nn.Linear(width, dim)
         self.text_weight = nn.Linear(dim, 1)
         self.sparse_prompt = SparsePrompt(width, dim, tokens=4 if ours else 1)
-        self.mask_prompt = MaskPromptGenerator(width, positions=ours)
+        self.mask_prompt = MaskPromptGenerator(width, positions=ours, residual=ours)
 
         image_encoder = build_image_encoder(preset)
         image_encoder.requires_grad_(preset.train_trunk)
@@ -172,7 +173,7 @@ class RS2SAM2(nn.Module):
                 nn.init.trunc_normal_(table, std=0.02)  # sam2 leaves them at zero
         self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, dim))
         nn.init.trunc_normal_(self.no_mem_embed, std=0.02)
-        self.decoder_fusion = DecoderFusion(dim, positions=ours)
+        self.decoder_fusion = DecoderFusion(dim, positions=ours, residual=ours)
         side = preset.image_size // 16
         self.prompt_encoder = PromptEncoder(
             embed_dim=dim,
@@ -283,15 +284,20 @@ def build(name, image_size=None, from_scratch=False, sam2_file=None, encoder=Non
             )
         return RS2SAM2(replace(preset, train_trunk=True))
 
+    # Every file is looked for before the model is built, which takes a while.
     source = encoder_weights or preset.encoder_tag
+    sam2_file = existing(sam2_file) if sam2_file else find_sam2(preset.sam2)
     if preset.encoder == "beit3":
-        model = RS2SAM2(preset, tokenizer=BEiT3Tokenizer(beit3_tokenizer_file(source).read_bytes()))
+        tokenizer = BEiT3Tokenizer(beit3_tokenizer_file(source).read_bytes())
+        model = RS2SAM2(preset, tokenizer=tokenizer)
         load_beit3(model, source)
     elif source is None:
         raise WeightsError(f"--encoder {encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
     else:
-        model = RS2SAM2(preset, pretrained_encoder=source)
-    load_sam2(model, sam2_file or find_sam2(preset.sam2))
+        clip = open_clip_model(preset.encoder_name, preset.encoder_tag)
+        load_open_clip(clip, preset.encoder_name, find_open_clip(preset.encoder_name, source))
+        model = RS2SAM2(preset, clip=clip)
+    load_sam2(model, sam2_file)
     return model
 
 

@@ -13,19 +13,21 @@ class MaskPromptGenerator(nn.Module):
     """The class token, conditioned on what it reads in the visual tokens, is matched with each of them: a pseudo-mask.
 
     cls (B, 1, W), V (B, g*g, W) row-major -> logits of the pseudo-mask (B, 1, g, g).
-    `positions` adds sine-cosine codes of the place to V before the match (architecture `ours`).
+    Architecture `ours`: `positions` adds sine-cosine codes of the place to V before the match, `residual` keeps the class
+    token itself in the product.
     """
 
-    def __init__(self, width: int, heads: int = 8, positions: bool = False):
+    def __init__(self, width: int, heads: int = 8, positions: bool = False, residual: bool = False):
         super().__init__()
-        self.positions = positions
+        self.positions, self.residual = positions, residual
         self.attention = CrossAttention(width, heads)
         self.token = nn.Linear(width, width)
         self.score = nn.Linear(width, 1)
 
     def forward(self, cls: Tensor, V: Tensor) -> Tensor:
         g = int(V.shape[1] ** 0.5)
-        token = cls * self.attention(cls, V)  # (B, 1, W)  a product, no residual
+        read = self.attention(cls, V)  # (B, 1, W)
+        token = cls * (1 + read if self.residual else read)  # (B, 1, W)
         token = self.token(token)  # (B, 1, W)
         if self.positions:
             V = V + sincos_2d(g, g, V.shape[-1], like=V)  # (B, gg, W)

@@ -365,7 +365,7 @@ def scene(seed, split, index, size=128):
 
 # On disk -------------------------------------------------------------------------------------------
 
-def make_scenes(root, train=8000, val=500, test=500, size=128, seed=0, progress=True):
+def make_scenes(root, train=8000, val=300, test=300, size=128, seed=0, progress=True):
     """Writes the scenes of three splits below root in RRSIS-D's layout; returns root as a Path.
 
     A ref is one object of an image with its one or more phrases; a bbox is x1, y1, x2, y2 with the last
@@ -413,7 +413,7 @@ def make_scenes(root, train=8000, val=500, test=500, size=128, seed=0, progress=
 def main():
     p = argparse.ArgumentParser(description="Writes overhead scenes with referring phrases in RRSIS-D's layout.")
     p.add_argument("--out", required=True, help="folder to create")
-    for split, n in zip(SPLITS, (8000, 500, 500)):
+    for split, n in zip(SPLITS, (8000, 300, 300)):
         p.add_argument(f"--{split}", type=int, default=n, help=f"number of {split} images (default {n})")
     p.add_argument("--size", type=int, default=128, help="width and height in pixels, 96 to 256 (default 128)")
     p.add_argument("--seed", type=int, default=0, help="the same seed, the same scenes (default 0)")

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -28,12 +27,16 @@ from evaluate import autocast, best_median_worst, compute_dtype, print_report, r
 from layouts import DataError
 from losses import total_loss
 from model import PRESETS, RS2SAM2, CheckpointError, build, count_parameters, load_checkpoint, read_checkpoint, rebuild
+from runs import free_run, link_best, revision, write_checkpoint
 from scenes import make_scenes
 from weights import WeightsError
 
 
 class UsageError(Exception):
     """A command line that can't be followed. The message is one sentence for the user."""
+
+
+ERRORS = (UsageError, DataError, WeightsError, CheckpointError)  # each is one sentence for the user
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe(
-        samples=24_000, longest_epoch=4000, batch_size=16, lr=1.5e-3, foundation_rate=1.0, betas=(0.9, 0.98), weight_decay=0.02,
-        dice=1.0, pseudo=1.0, augment=None,
+        samples=24_000, longest_epoch=4000, batch_size=4, lr=1e-3, foundation_rate=1.0, betas=(0.9, 0.98),
+        weight_decay=0.02, augment=None, dice=1.0, pseudo=5.0,
     ),
     "base": Recipe(),
     "large": Recipe(),
@@ -128,41 +131,6 @@ def rate_factor(schedule: str, progress: float, epoch: int) -> float:
     if schedule == "constant":
         return 1.0 if epoch < 50 else 0.1
     return min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95)))
-
-
-def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Written beside, flushed and renamed: whenever the power goes, `path` is the old file or the new one."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-def link_best(best: Path, link: Path = Path("best.pt")) -> None:
-    """Point ./best.pt at a run's best. A regular file of that name is left alone."""
-    if link.is_symlink():
-        link.unlink()
-    if link.exists():
-        print(f"{link} is a file of yours and stays as it is; this run's best is {best}")
-        return
-    link.symlink_to(os.path.relpath(best, link.parent))
-
-
-def revision() -> str:
-    """The git revision of this code, with + where it was changed; '' outside a repository."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
-    return git.stdout.strip() if git.returncode == 0 else ""
-
-
-def free_run(data: str, model: str) -> Path:
-    """runs/<data>-<model>-<number>, the first number that is free."""
-    number = 1
-    while (path := Path("runs") / f"{Path(data).resolve().name}-{model}-{number}").exists():
-        number += 1
-    return path
 
 
 def pick_device(gpus: int | None) -> torch.device:
@@ -420,7 +388,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (UsageError, DataError, WeightsError, CheckpointError) as error:
+    except ERRORS as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:

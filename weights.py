@@ -143,10 +143,19 @@ def beit3_tokenizer_file(weights: str | None) -> Path:
             "BEiT-3 is not on a hub: download beit3_large_patch16_224.pth and beit3.spm from its authors' release page, "
             "keep them in one folder and name the first with --encoder-weights"
         )
-    spm = Path(weights).with_name("beit3.spm")
+    spm = existing(weights).with_name("beit3.spm")
     if not spm.is_file():
         raise WeightsError(f"no BEiT-3 tokeniser at {spm}: put beit3.spm beside the weights")
     return spm
+
+
+def existing(path: str | Path) -> Path:
+    """The path, if a file is there."""
+    if not Path(path).is_file():
+        raise WeightsError(
+            f"no weights file at {path}: give the path of an existing .pt, .pth, .bin or .safetensors file"
+        )
+    return Path(path)
 
 
 def find_sam2(config: str) -> Path:
@@ -193,27 +202,28 @@ def open_clip_model(model: str | dict, tag: str | None = None) -> nn.Module:
     return clip
 
 
-def load_open_clip(clip: nn.Module, name: str, source: str) -> None:
-    """Fill a whole CLIP from a pretrained tag of open_clip (downloaded or cached) or from a local file.
-
-    The position table is interpolated where the resolution differs."""
+def find_open_clip(name: str, source: str) -> Path:
+    """The file of an open_clip model's weights: `source` itself, or the pretrained tag's, downloaded or cached."""
     if Path(source).is_file():
-        path = source
-    elif not open_clip.is_pretrained_cfg(name, source):
+        return Path(source)
+    if not open_clip.is_pretrained_cfg(name, source):
         raise WeightsError(
             f"{source!r} is neither a file nor a pretrained tag of open_clip's {name}: its tags are "
             f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
         )
-    else:
-        try:
-            path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, source))
-        except Exception as error:
-            raise WeightsError(
-                f"open_clip's {name} ({source}) could not be downloaded: fetch its file from the model hub and name it with "
-                f"--encoder-weights FILE"
-            ) from error
     try:
-        open_clip.load_checkpoint(clip, path)
+        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, source)))
+    except Exception as error:  # no network, no such file, no permission: the way out is the same
+        raise WeightsError(
+            f"open_clip's {name} ({source}) could not be downloaded: fetch its file from the model hub and name it "
+            f"with --encoder-weights FILE"
+        ) from error
+
+
+def load_open_clip(clip: nn.Module, name: str, path: str | Path) -> None:
+    """Fill a whole CLIP from a file of its weights. The position table is interpolated where the resolution differs."""
+    try:
+        open_clip.load_checkpoint(clip, str(path))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{path} is not a checkpoint of open_clip's {name} ({reason})") from error

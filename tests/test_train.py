@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import evaluate
+import runs
 import train
 from model import PRESETS, RS2SAM2
 from scenes import make_scenes
@@ -92,10 +93,10 @@ def test_schedules():
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    train.write_checkpoint(path, {"x": 1})
+    runs.write_checkpoint(path, {"x": 1})
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError):
-        train.write_checkpoint(path, {"x": 2})
+        runs.write_checkpoint(path, {"x": 2})
     assert torch.load(path, weights_only=True) == {"x": 1}
 
 
@@ -105,11 +106,11 @@ def test_the_link_never_replaces_a_file(tmp_path, monkeypatch):
         best = tmp_path / "runs" / str(number) / "best.pt"
         best.parent.mkdir(parents=True)
         best.write_text(str(number))
-        train.link_best(best.relative_to(tmp_path))
+        runs.link_best(best.relative_to(tmp_path))
         assert Path("best.pt").read_text() == str(number)
     Path("best.pt").unlink()
     Path("best.pt").write_text("mine")
-    train.link_best(best)
+    runs.link_best(best)
     assert Path("best.pt").read_text() == "mine"
 
 
@@ -202,30 +203,50 @@ def test_another_run_s_checkpoint_is_not_overwritten(finished, scenes):
     [
         (["--data", "nowhere"], "no folder nowhere"),
         (["--data", "RRSIS-D"], "refs(unc).p"),  # shows the expected layout
-        (["--gpus", "99"], "--gpus 99"),
         (["--data", "EMPTY"], "refs(unc).p"),
-        (["--data", "SCENES", "--model", "large"], "--sam2 FILE"),  # no hub: says which option names a local file
-        (["--data", "SCENES", "--model", "large", "--sam2", "none.pt"], "--encoder-weights FILE"),
-        (["--data", "SCENES", "--model", "paper", "--sam2", "none.pt"], "beit3_large_patch16_224.pth"),
-        (["--data", "SCENES", "--model", "base", "--encoder", "RN50"], "--encoder-weights"),
+        (["--gpus", "99"], "--gpus 99"),
+        (["--data", "SCENES", "--model", "large"], "--sam2 FILE"),  # says which option names a local file
+        (["--data", "SCENES", "--model", "large", "--sam2", "none.pt"], "no weights file at none.pt"),
+        (["--data", "SCENES", "--model", "large", "--sam2", "empty.pt"], "--encoder-weights FILE"),
+        (["--data", "SCENES", "--model", "paper", "--sam2", "empty.pt"], "beit3_large_patch16_224.pth"),
+        (["--data", "SCENES", "--model", "paper", "--sam2", "empty.pt", "--encoder-weights", "empty.pt"], "beit3.spm"),
+        (["--data", "SCENES", "--model", "base", "--sam2", "empty.pt", "--encoder", "ViT-B-32"], "--encoder-weights"),
         (
-            ["--data", "SCENES", "--model", "base", "--sam2", "x", "--encoder", "RN50", "--encoder-weights", "openai"],
+            [
+                "--data",
+                "SCENES",
+                "--model",
+                "base",
+                "--sam2",
+                "empty.pt",
+                "--encoder",
+                "RN50",
+                "--encoder-weights",
+                "openai",
+            ],
             "own ViT",
         ),
+        (["--data", "SCENES", "--model", "tiny", "--encoder", "ViT-B-32"], "union encoder of its own"),
         (["--data", "SCENES", "--model", "tiny", "--image-size", "100"], "multiple of 32"),
         (["--data", "SCENES", "--model", "tiny", "--sam2", "x.pt"], "from scratch reads no weights"),
-        (["--epochs", "0"], "must be positive"),
         (["--resume", "nowhere"], "nothing to resume"),
     ],
 )
-def test_wrong_input_is_one_sentence_and_exit_code_2(args, expected, scenes, tmp_path):
-    (tmp_path / "empty").mkdir()
+def test_wrong_input_is_one_sentence_before_anything_long(args, expected, scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("empty.pt").touch()
     args = [{"SCENES": str(scenes), "EMPTY": "empty"}.get(a, a) for a in args]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        printed = run("train.py", *args, cwd=tmp_path, code=2)
-    assert expected in printed, printed
-    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    with pytest.raises(train.ERRORS) as error:
+        train.main()
+    assert expected in str(error.value), error.value
+    assert not Path("runs").exists()
+
+
+def test_wrong_input_ends_with_exit_code_2(tmp_path):
+    assert run("train.py", "--data", "nowhere", cwd=tmp_path, code=2).startswith("train.py: There is no folder nowhere")
+    assert "must be positive" in run("train.py", "--epochs", "0", cwd=tmp_path, code=2)
 
 
 def test_evaluate_s_errors(tmp_path):

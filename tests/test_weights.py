@@ -13,7 +13,7 @@ from test_model import SMALL_BEIT3, OnMeta
 import weights
 from encoder import BEiT3Tokenizer
 from model import PRESETS, RS2SAM2
-from weights import WeightsError, load_beit3, load_open_clip, load_sam2, open_clip_model
+from weights import WeightsError, find_open_clip, load_beit3, load_open_clip, load_sam2, open_clip_model
 
 SIZES = ["t", "s", "b+", "l"]
 CONFIGS = [f"sam2/sam2_hiera_{s}.yaml" for s in SIZES] + [f"sam2.1/sam2.1_hiera_{s}.yaml" for s in SIZES]
@@ -137,7 +137,9 @@ def test_the_towers_are_open_clip_s(small_clip):
     chosen = dataclasses.replace(
         PRESETS["tiny"], encoder_name="small-clip", encoder_args={"width": 48, "joint_layers": 1, "joint_heads": 4}
     )
-    encoder = RS2SAM2(chosen, pretrained_encoder=str(path)).eval().union_encoder
+    clip = open_clip_model("small-clip")
+    load_open_clip(clip, "small-clip", find_open_clip("small-clip", str(path)))
+    encoder = RS2SAM2(chosen, clip=clip).eval().union_encoder
     phrases = ["The ship on the upper left", "a windmill"]
     ids, lengths = encoder.tokenizer(phrases)
     full = open_clip.get_tokenizer("small-clip")(phrases)
@@ -179,7 +181,7 @@ def test_openai_s_weights_bring_their_activation_and_normalisation():
 def test_open_clip_s_errors(small_clip, tmp_path):
     clip, _ = small_clip
     with pytest.raises(WeightsError, match="neither a file nor a pretrained tag"):
-        load_open_clip(clip, "small-clip", "no_such_tag")
+        find_open_clip("small-clip", "no_such_tag")
     torch.save({"wrong": torch.zeros(1)}, tmp_path / "wrong.pt")
     with pytest.raises(WeightsError, match="not a checkpoint of open_clip's small-clip"):
         load_open_clip(clip, "small-clip", str(tmp_path / "wrong.pt"))
