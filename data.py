@@ -21,16 +21,19 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco
 
-from layouts import NAMES, DataError, missing_files, read_samples
+from layouts import NAMES, DataError, NoSamples, missing_files, read_samples
 
 MAX_PIXELS = 2**26  # 8192 x 8192: a file that claims more is taken for a decompression bomb
 
 
-def open_dataset(data, split, *, image_size=1024, encoder_size=224, augment=None, seed=0, skip_missing=False):
+def open_dataset(
+    data, split, *, image_size=1024, encoder_size=224, one_phrase=False, augment=None, seed=0, skip_missing=False
+):
     """The split of a data set as a ReferringDataset; DataError if it can't be had.
 
     data: one of NAMES (in ./data) or a folder. split: 'train' and 'val' are matched exactly, 'test' takes every split
-    with 'test' in its name. augment, in training only: None, 'paper' or 'ours'. skip_missing: samples whose files are
+    with 'test' in its name. one_phrase, as in training: an item is a sample with one of its phrases, drawn anew at every
+    access, instead of every phrase. augment, in training only: None, 'paper' or 'ours'. skip_missing: samples whose files are
     missing are left out, and how many is printed, instead of an error.
     """
     if augment not in (None, "paper", "ours") or (augment and split != "train"):
@@ -40,7 +43,7 @@ def open_dataset(data, split, *, image_size=1024, encoder_size=224, augment=None
     samples = [s for s in everything if s.split == split or (split == "test" and "test" in s.split)]
     if not samples:
         known = ", ".join(f"{key} ({n:,})" for key, n in splits.items()) or "none"
-        raise DataError(f"{root} has no samples in split {split!r}, its splits are: {known}.")
+        raise NoSamples(f"{root} has no samples in split {split!r}, its splits are: {known}.")
     missing = missing_files(samples)
     absent = {number for numbers in missing.values() for number in numbers}
     if len(absent) == len(samples) or (missing and not skip_missing):
@@ -50,7 +53,7 @@ def open_dataset(data, split, *, image_size=1024, encoder_size=224, augment=None
     if missing:
         print(f"{name} {split}: left out {len(absent):,} of {len(samples):,} samples, whose files are missing")
         samples = [sample for number, sample in enumerate(samples) if number not in absent]
-    return ReferringDataset(name, root, split, samples, splits, image_size, encoder_size, augment, seed)
+    return ReferringDataset(name, root, split, samples, splits, image_size, encoder_size, one_phrase, augment, seed)
 
 
 # From files to arrays. What goes wrong here is a ValueError that names the file; the data set adds the sample.
@@ -208,8 +211,8 @@ def black_squares(image, rng, side, height, width):
 class ReferringDataset(torch.utils.data.Dataset):
     """One split of a data set; made by open_dataset.
 
-    In training an item is a sample with one of its phrases, drawn anew at every access; otherwise each phrase of each
-    sample is an item. A key is an index or a pair (index, epoch): with the seed it fixes all that is random, whatever
+    With one_phrase an item is a sample with one of its phrases, drawn anew at every access; otherwise each phrase of
+    each sample is an item. A key is an index or a pair (index, epoch): with the seed it fixes all that is random, whatever
     the worker. An item is a dict; DataError if its files are broken:
 
         id, phrase, kind, category   str
@@ -219,11 +222,11 @@ class ReferringDataset(torch.utils.data.Dataset):
         mask            uint8 (H, W)                            1 = foreground, at the size stored (flipped if they are)
     """
 
-    def __init__(self, name, root, split, samples, splits, image_size, encoder_size, augment, seed):
+    def __init__(self, name, root, split, samples, splits, image_size, encoder_size, one_phrase, augment, seed):
         self.name, self.root, self.split, self.samples = name, root, split, samples
         self.image_size, self.encoder_size, self.augment, self.seed = image_size, encoder_size, augment, seed
         self.split_sizes = splits
-        self.one_phrase = split == "train"
+        self.one_phrase = one_phrase
         self.items = [(i, j) for i, sample in enumerate(samples) for j in range(len(sample.phrases))]
         self.marked = set()
         if augment == "paper" and name == "RRSIS-D":  # the published loader marks a fixed fifth, of this data set only
@@ -258,6 +261,27 @@ class ReferringDataset(torch.utils.data.Dataset):
         return {"id": sample.id, "phrase": phrase, "kind": sample.kinds[j], "category": sample.category,
                 "image": resize_image(image, self.image_size), "encoder_image": resize_image(image, self.encoder_size),
                 "target": resize_mask(mask, self.image_size), "mask": torch.from_numpy(mask)}
+
+
+class Stream(torch.utils.data.Sampler):
+    """The training order as one endless stream of positions, pass after pass over the shuffled set, cut anywhere.
+
+    Position n belongs to pass n // size; the item's key is (index, pass), so its phrase and augmentation depend on
+    the seed and the key alone, not on workers, interruptions or batch boundaries.
+    """
+
+    def __init__(self, size: int, seed: int, start: int, stop: int):
+        self.size, self.seed, self.start, self.stop = size, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self):
+        for number in range(self.start // self.size, -(-self.stop // self.size)):
+            order = np.random.default_rng([self.seed, number]).permutation(self.size)
+            first = number * self.size
+            for n in range(max(self.start, first), min(self.stop, first + self.size)):
+                yield int(order[n - first]), number
 
 
 class Collate:

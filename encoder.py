@@ -68,9 +68,10 @@ class OpenCLIPEncoder(nn.Module):
         self.transformer, self.ln_final = clip.transformer, clip.ln_final
         self.register_buffer("causal", clip.attn_mask, persistent=False)
         self.width, self.grid, self.image_size = width, self.visual.grid_size[0], self.visual.image_size[0]
+        norm = getattr(clip.visual, "preprocess_cfg", {})  # set where a pretrained tag says how images were normalised
         self.mean, self.std = (
-            getattr(clip.visual, "preprocess_cfg", {}).get("mean", open_clip.OPENAI_DATASET_MEAN),
-            getattr(clip.visual, "preprocess_cfg", {}).get("std", open_clip.OPENAI_DATASET_STD),
+            norm.get("mean", open_clip.OPENAI_DATASET_MEAN),
+            norm.get("std", open_clip.OPENAI_DATASET_STD),
         )
         self.tokenizer = OpenCLIPTokenizer(clip.context_length)
 

@@ -8,8 +8,8 @@ samples with IoU >= X; all times 100. The protocols:
 
     ours   the mask logits are resized in one step (bilinear) to the size the mask is stored at and scored there; a
            correct "nothing there" (both masks empty) counts 1
-    paper  scored at the network's input size against the mask resized to it (nearest), as released; an empty union
-           counts 0
+    paper  scored at the network's input size against the mask resized to it (nearest), in float32, as released; an
+           empty union counts 0
 """
 
 import argparse
@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import Collate, open_dataset
-from layouts import DataError
+from layouts import DataError, NoSamples
 from model import CheckpointError, load_checkpoint
+from runs import default_workers
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 PROTOCOLS = ("ours", "paper")
@@ -103,7 +104,7 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
     for batch in tqdm(loader, title, leave=False, disable=None):
         batch = to_device(batch, device)
         images = model.normalise(batch["image"], batch["encoder_image"])
-        with autocast(device):
+        with autocast(device) if protocol == "ours" else contextlib.nullcontext():
             output = (forward or model)(*images, batch["ids"], batch["lengths"])
         for i, logits in enumerate(output.logits.float().split(1)):
             target = batch["mask"][i] if protocol == "ours" else batch["target"][i]
@@ -187,34 +188,34 @@ def free_path(path: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--ckpt", type=Path, default="best.pt", help="a checkpoint of train.py")
-    parser.add_argument("--data", help="data set by name or path (default: the one the checkpoint was trained on)")
-    parser.add_argument("--split", help="train, val or test (default: test, or val where there is none)")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="ours", help="how to score: see above")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and one row a sample here")
-    parser.add_argument(
-        "--panels", type=int, default=0, metavar="N", help="write pictures of N best, median, worst cases"
-    )
-    parser.add_argument("--skip-missing", action="store_true", help="leave out samples whose files are missing")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", type=Path, default="best.pt", help="a checkpoint of train.py (default: best.pt)")
+    add("--data", help="data set by name or path (default: the one the checkpoint was trained on)")
+    add("--split", help="train, val or test (default: test, or val where there is none)")
+    add("--protocol", choices=PROTOCOLS, default="ours", help="how to score, see above (default: ours)")
+    add("--json", type=Path, metavar="FILE", help="write scores and one row a sample here")
+    add("--panels", type=int, default=0, metavar="N", help="write pictures of N best, median and worst cases")
+    add("--skip-missing", action="store_true", help="leave out samples whose files are missing")
     args = parser.parse_args()
     try:
-        if args.json and args.json.exists():
-            raise DataError(f"{args.json} exists: name another file, nothing is overwritten")
-        if args.json and not args.json.parent.is_dir():
-            raise DataError(f"there is no folder {args.json.parent} to write {args.json.name} into")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, checkpoint = load_checkpoint(args.ckpt, device)
-        data = args.data or checkpoint["data"]
-        sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
-        dataset = open_split(data, args.split, skip_missing=args.skip_missing, **sizes)
+        evaluate(args)
     except (DataError, CheckpointError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
 
-    rows = score(model, dataset, args.protocol)
+
+def evaluate(args: argparse.Namespace) -> None:
+    """What the command line asks for: scores on the screen, and in files where wanted."""
+    if args.json and (args.json.exists() or not args.json.parent.is_dir()):
+        raise DataError(f"{args.json} exists or has no folder: name another file, nothing is overwritten")
+    model, checkpoint = load_checkpoint(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu")
+    data = args.data or checkpoint["data"]
+    dataset = open_split(
+        data, args.split, image_size=model.preset.image_size, encoder_size=model.union_encoder.image_size,
+        skip_missing=args.skip_missing,
+    )  # fmt: skip
+    rows = score(model, dataset, args.protocol, workers=default_workers())
     result = report(rows, args.protocol)
     print(f"{args.ckpt} on {data}, split {dataset.split}, protocol {args.protocol}")
     print_report(result)
@@ -230,16 +231,13 @@ def main() -> None:
 
 
 def open_split(data: str, split: str | None, **options):
-    """The split asked for; without one the test split, or the validation split where there is no test."""
+    """The split asked for; without one the test split, or the validation split where the data set has no test."""
     if split:
         return open_dataset(data, split, **options)
     try:
         return open_dataset(data, "test", **options)
-    except DataError as no_test:
-        try:
-            return open_dataset(data, "val", **options)
-        except DataError:
-            raise no_test from None
+    except NoSamples:
+        return open_dataset(data, "val", **options)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ LAYOUTS = """
   RISBench: output_phrase_<split>.txt ("<file.png> <phrase>" a line), img_rgb/<file.png>, mask/<file.png>
   your own: phrases.csv (columns image,mask,phrase,split), images/, masks/"""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-MAX_PIXELS = 2**26   # 8192 x 8192: what claims more is taken for a decompression bomb
 MAX_PHRASE = 10_000  # characters
 
 
@@ -33,6 +32,10 @@ class DataError(Exception):
     def __init__(self, sentence):
         # A DataLoader raises a worker's error anew with the worker's traceback as its text: keep the sentence.
         super().__init__(sentence.rpartition("DataError: ")[2].strip())
+
+
+class NoSamples(DataError):
+    """A split that the data set does not have."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,8 +240,12 @@ class RS2SAM2(nn.Module):
         log_weight = self.text_weight(T[:, 0])[:, 0]  # (B,)
         return Output(logits, pseudo_mask, log_weight)
 
-    def decode(self, fine, middle, embedding, T, text_mask, pseudo_mask, sparse) -> Tensor:
-        """SAM 2's prompt encoder and mask decoder, with the text multiplied into the embedding -> (B, 1, S/4, S/4)."""
+    def decode(
+        self, fine: Tensor, middle: Tensor, embedding: Tensor, T: Tensor, text_mask: Tensor, pseudo_mask: Tensor, sparse: Tensor
+    ) -> Tensor:  # fmt: skip
+        """SAM 2's prompt encoder and mask decoder, with the text multiplied into the embedding -> (B, 1, S/4, S/4).
+
+        The arguments are those of `forward` under the same names."""
         with torch.autocast(embedding.device.type, enabled=False):  # angles up to 2 pi * 4 need float32
             place = self.prompt_encoder.get_dense_pe()  # (1, C, s, s)
         embedding = embedding + self.no_mem_embed.mT[..., None]  # (B, C, s, s)
@@ -249,6 +253,7 @@ class RS2SAM2(nn.Module):
         prompt = pseudo_mask if self.preset.architecture == "ours" else pseudo_mask.sigmoid()  # (B, 1, g, g)
         prompt = dense_prompt(prompt, 4 * embedding.shape[-1])  # (B, 1, 4s, 4s)
         _, dense = self.prompt_encoder(points=None, boxes=None, masks=prompt)  # -, (B, C, s, s)
+        # (B, C/8, S/4, S/4), (B, C/4, S/8, S/8)
         high_res = [self.mask_decoder.conv_s0(fine), self.mask_decoder.conv_s1(middle)]
         p, *_ = self.mask_decoder(
             image_embeddings=embedding, image_pe=place, sparse_prompt_embeddings=sparse,
@@ -273,8 +278,7 @@ def build(name, image_size=None, from_scratch=False, sam2_file=None, encoder=Non
     if encoder:
         if name not in ("base", "large"):
             raise WeightsError(f"--encoder {encoder}: preset {name} has a union encoder of its own; use base or large")
-        tag = encoder_weights if encoder_weights and not Path(encoder_weights).is_file() else None
-        preset = replace(preset, encoder_name=encoder, encoder_tag=tag)
+        preset = replace(preset, encoder_name=encoder, encoder_tag=None)
     if from_scratch or name == "tiny":
         if sam2_file or encoder_weights:
             raise WeightsError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
@@ -284,18 +288,23 @@ def build(name, image_size=None, from_scratch=False, sam2_file=None, encoder=Non
             )
         return RS2SAM2(replace(preset, train_trunk=True))
 
-    # Every file is looked for before the model is built, which takes a while.
+    # Every file is looked for before anything is downloaded, and downloaded before anything is built.
+    sam2_file = existing(sam2_file) if sam2_file else None
     source = encoder_weights or preset.encoder_tag
-    sam2_file = existing(sam2_file) if sam2_file else find_sam2(preset.sam2)
     if preset.encoder == "beit3":
         tokenizer = BEiT3Tokenizer(beit3_tokenizer_file(source).read_bytes())
+        sam2_file = sam2_file or find_sam2(preset.sam2)
         model = RS2SAM2(preset, tokenizer=tokenizer)
         load_beit3(model, source)
-    elif source is None:
-        raise WeightsError(f"--encoder {encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
     else:
+        if source is None:
+            raise WeightsError(f"--encoder {encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
+        # A tag says how its model was trained (activation, normalisation); a file is taken for the name's usual way.
+        preset = replace(preset, encoder_tag=None if Path(source).is_file() else source)
         clip = open_clip_model(preset.encoder_name, preset.encoder_tag)
-        load_open_clip(clip, preset.encoder_name, find_open_clip(preset.encoder_name, source))
+        clip_file = find_open_clip(preset.encoder_name, source)
+        sam2_file = sam2_file or find_sam2(preset.sam2)
+        load_open_clip(clip, preset.encoder_name, clip_file)
         model = RS2SAM2(preset, clip=clip)
     load_sam2(model, sam2_file)
     return model
@@ -329,12 +338,22 @@ def read_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # from zip errors to refused pickles: one sentence serves for all
         raise CheckpointError(f"{path} can't be read as a checkpoint: it is damaged or of another kind") from error
-    if not isinstance(checkpoint, dict) or "preset" not in checkpoint:
-        raise CheckpointError(f"{path} is not a checkpoint of train.py (it holds no preset)")
+    missing = {"preset", "model", "data", "model_name", "revision"} - set(
+        checkpoint if isinstance(checkpoint, dict) else ()
+    )
+    if missing:
+        raise CheckpointError(f"{path} is not a checkpoint of train.py (it holds no {', no '.join(sorted(missing))})")
     return checkpoint
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[RS2SAM2, dict]:
     """The model of a checkpoint, in evaluation mode, and the checkpoint's dict. Nothing but the file is needed."""
     checkpoint = read_checkpoint(path)
-    return rebuild(checkpoint).to(device).eval(), checkpoint
+    try:
+        model = rebuild(checkpoint)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:150]
+        raise CheckpointError(
+            f"{path} does not fit this version of the code ({reason}): use the one it names"
+        ) from error
+    return model.to(device).eval(), checkpoint

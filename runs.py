@@ -1,10 +1,16 @@
-"""The folder of a training run: its name, its files, and where its code came from."""
+"""Around a run: its folder and files, its device, and the numbers of its command line."""
 
+import argparse
+import math
 import os
 import subprocess
 from pathlib import Path
 
 import torch
+
+
+class UsageError(Exception):
+    """A command line that can't be followed. The message is one sentence for the user."""
 
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -30,7 +36,10 @@ def link_best(best: Path, link: Path = Path("best.pt")) -> None:
 def revision() -> str:
     """The git revision of this code, with + where it was changed; '' outside a repository."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return ""
     return git.stdout.strip() if git.returncode == 0 else ""
 
 
@@ -40,3 +49,31 @@ def free_run(data: str, model: str) -> Path:
     while (path := Path("runs") / f"{Path(data).resolve().name}-{model}-{number}").exists():
         number += 1
     return path
+
+
+def pick_device(gpus: int | None) -> torch.device:
+    there = torch.cuda.device_count()
+    gpus = min(there, 1) if gpus is None else gpus
+    if gpus > there:
+        raise UsageError(f"--gpus {gpus}: this machine has {there} CUDA card{'s' * (there != 1)}; use --gpus {there}")
+    if gpus > 1:
+        raise UsageError(f"--gpus {gpus}: training runs on one card or on the CPU; use --gpus 1")
+    return torch.device("cuda" if gpus else "cpu")
+
+
+def default_workers() -> int:
+    """Processes that load data: half the cores, at most 8."""
+    return min(8, (os.cpu_count() or 2) // 2)
+
+
+def number(kind: type, least: float, text: str):
+    """A number of the command line, at least `least`."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not value >= least:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {'an integer' if kind is int else 'a number'} of {least} or more"
+        )
+    return value

@@ -1,6 +1,6 @@
 """Generated overhead scenes with referring phrases, written to disk in RRSIS-D's own layout.
 
-    python scenes.py --out data/scenes --train 8000 --val 500 --test 500
+    python scenes.py --out data/scenes --train 8000 --val 300 --test 300
 
 Every phrase has exactly one right answer by construction. A word such as "left", "large" or "above" is a predicate
 with three outcomes (True, False, or None for unclear); a phrase is used only if it is clearly true of the object it
@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import pickle
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -418,7 +419,11 @@ def main():
     p.add_argument("--size", type=int, default=128, help="width and height in pixels, 96 to 256 (default 128)")
     p.add_argument("--seed", type=int, default=0, help="the same seed, the same scenes (default 0)")
     a = p.parse_args()
-    print(make_scenes(a.out, a.train, a.val, a.test, a.size, a.seed))
+    try:
+        print(make_scenes(a.out, a.train, a.val, a.test, a.size, a.seed))
+    except (OSError, ValueError) as error:
+        print(f"scenes.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

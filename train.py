@@ -11,40 +11,35 @@ log.jsonl (a line an epoch) and panels.png; ./best.pt is a link to the newest ru
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Collate, open_dataset
+from data import Collate, Stream, open_dataset
 from evaluate import autocast, best_median_worst, compute_dtype, print_report, report, score, to_device, write_panels
 from layouts import DataError
 from losses import total_loss
 from model import PRESETS, RS2SAM2, CheckpointError, build, count_parameters, load_checkpoint, read_checkpoint, rebuild
-from runs import free_run, link_best, revision, write_checkpoint
+from runs import UsageError, default_workers, free_run, link_best, number, pick_device, revision, write_checkpoint
 from scenes import make_scenes
 from weights import WeightsError
 
-
-class UsageError(Exception):
-    """A command line that can't be followed. The message is one sentence for the user."""
-
-
+SAVE_EVERY = 600  # seconds between two last.pt within an epoch
 ERRORS = (UsageError, DataError, WeightsError, CheckpointError)  # each is one sentence for the user
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a preset is trained. An epoch is a pass over the training set, or `longest_epoch` samples of a large one."""
+    """How a preset is trained. An epoch is a pass over the training set, where `epoch_range` does not bound it."""
 
     epochs: int = 40
-    longest_epoch: int = 0
+    epoch_range: tuple[int, float] = (1, math.inf)  # samples: several passes over a small set, a part of a large one
     samples: int = 0  # the budget in samples that takes the place of `epochs`: the same whatever the data set's size
     batch_size: int = 8
     lr: float = 1e-4  # of the fusion modules
@@ -62,34 +57,13 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe(
-        samples=24_000, longest_epoch=4000, batch_size=4, lr=1e-3, foundation_rate=1.0, betas=(0.9, 0.98),
+        samples=24_000, epoch_range=(240, 4000), batch_size=4, lr=1e-3, foundation_rate=1.0, betas=(0.9, 0.98),
         weight_decay=0.02, augment=None, dice=1.0, pseudo=5.0,
     ),
     "base": Recipe(),
     "large": Recipe(),
     "paper": Recipe(schedule="constant", clip=math.inf, ema=0.0, augment="paper"),
 }  # fmt: skip
-
-
-class Stream(torch.utils.data.Sampler):
-    """The training order as one endless stream of positions, pass after pass over the shuffled set, cut anywhere.
-
-    Position n belongs to pass n // size; the item's key is (index, pass), so its phrase and augmentation depend on
-    the seed and the key alone, not on workers, interruptions or batch boundaries.
-    """
-
-    def __init__(self, size: int, seed: int, start: int, stop: int):
-        self.size, self.seed, self.start, self.stop = size, seed, start, stop
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self):
-        for number in range(self.start // self.size, -(-self.stop // self.size)):
-            order = np.random.default_rng([self.seed, number]).permutation(self.size)
-            first = number * self.size
-            for n in range(max(self.start, first), min(self.stop, first + self.size)):
-                yield int(order[n - first]), number
 
 
 class Average:
@@ -133,16 +107,6 @@ def rate_factor(schedule: str, progress: float, epoch: int) -> float:
     return min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95)))
 
 
-def pick_device(gpus: int | None) -> torch.device:
-    there = torch.cuda.device_count()
-    gpus = min(there, 1) if gpus is None else gpus
-    if gpus > there:
-        raise UsageError(f"--gpus {gpus}: this machine has {there} CUDA card{'s' * (there != 1)}; use --gpus {there}")
-    if gpus > 1:
-        raise UsageError(f"--gpus {gpus}: training runs on one card or on the CPU; use --gpus 1")
-    return torch.device("cuda" if gpus else "cpu")
-
-
 class Trainer:
     """The state of a run: model, optimiser, averaged weights, position in the stream of samples."""
 
@@ -160,8 +124,9 @@ class Trainer:
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = Average(model, recipe.ema)
-        self.samples, self.best, self.saved_at = 0, -1.0, time.time()
-        self.epoch_samples = min(recipe.longest_epoch or len(self.train_set), len(self.train_set))
+        self.samples, self.best, self.saved_at, self.revision = 0, -1.0, time.time(), revision()
+        shortest, longest = recipe.epoch_range
+        self.epoch_samples = int(max(shortest, min(longest, len(train_set))))
         if args.epochs is None:
             args.epochs = -(-recipe.samples // self.epoch_samples) or recipe.epochs
         self.total_samples = args.epochs * self.epoch_samples
@@ -173,7 +138,7 @@ class Trainer:
             "preset": asdict(self.model.preset), "model": self.model.state_dict(), "tokenizer": tokenizer,
             "model_name": self.args.model, "data": self.args.data, "metrics": metrics,
             "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()},
-            "epoch": self.samples // self.epoch_samples, "revision": revision(), "torch": str(torch.__version__),
+            "epoch": self.samples // self.epoch_samples, "revision": self.revision, "torch": str(torch.__version__),
         }  # fmt: skip
 
     def save_last(self, metrics: dict) -> None:
@@ -185,8 +150,12 @@ class Trainer:
         self.saved_at = time.time()
 
     def resume(self, state: dict) -> None:
+        peaks = [group["peak"] for group in self.optimizer.param_groups]  # --lr may have been given anew
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, peak in zip(self.optimizer.param_groups, peaks):
+            group["peak"] = peak
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         for k, v in state["average"].items():
             self.average.mean[k].copy_(v)
         self.average.steps, self.samples, self.best = state["average_steps"], state["samples"], state["best"]
@@ -209,21 +178,27 @@ class Trainer:
             boundary_weight=self.recipe.boundary,
             pseudo=self.recipe.pseudo,
         )
-        loss = terms["loss"].item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss} at sample {self.samples} (batch {', '.join(ids)}): look at these samples, or try "
-                f"a lower --lr; {self.args.out / 'last.pt'} holds the last good state"
-            )
         self.scaler.scale(terms["loss"]).backward()
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip)
+        values = torch.stack([*terms.values(), norm]).tolist()  # the step's one wait for the device
+        self.check_finite(*values[:: len(values) - 1], ids)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.average.update()
         self.samples += len(ids)
-        return {k: v.item() for k, v in terms.items()}
+        return dict(zip(terms, values))
+
+    def check_finite(self, loss: float, norm: float, ids: list[str]) -> None:
+        """Stop before weights are spoilt. An infinite gradient is float16's everyday business, which the scaler minds."""
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            return
+        last = self.args.out / "last.pt"
+        raise FloatingPointError(
+            f"the loss became {loss} and its gradient {norm} at sample {self.samples} (batch {', '.join(ids)}): look at "
+            f"these samples or try a lower --lr{f'; {last} holds an earlier state' if last.exists() else ''}"
+        )
 
     def run_epoch(self) -> dict[str, float]:
         """Train to the end of the current epoch -> mean loss and terms, samples per second."""
@@ -243,7 +218,7 @@ class Trainer:
                 sums = {k: sums.get(k, 0.0) + v for k, v in terms.items()}
                 bar.update(len(batch["id"]))
                 bar.set_postfix(loss=f"{terms['loss']:.3f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
-                if time.time() - self.saved_at > 600:
+                if time.time() - self.saved_at > SAVE_EVERY:
                     self.save_last({})
         return {k: v / steps for k, v in sums.items()} | {"images/s": (self.samples - first) / (time.time() - start)}
 
@@ -284,14 +259,6 @@ class Trainer:
 def parse_args() -> tuple[argparse.Namespace, dict | None]:
     """-> (the command line, with what is left to choose filled in; the checkpoint to go on from or None)"""
 
-    def positive(kind):
-        def read(text):
-            if not kind(text) > 0:
-                raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-            return kind(text)
-
-        return read
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
@@ -301,18 +268,31 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     )
     add("--model", choices=PRESETS, help="preset (default: tiny on generated scenes, large on real data)")
     add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>-<model>-<number>)")
-    add("--epochs", type=positive(int), help="default: the preset's recipe")
-    add("--batch-size", type=positive(int), help="default: the preset's recipe")
-    add("--lr", type=positive(float), help="peak learning rate of the fusion modules (default: the preset's recipe)")
-    add("--image-size", type=positive(int), help="side of SAM 2's input, a multiple of 32 (default: the preset's)")
-    add("--seed", type=int, default=0, help="of initial weights, data order and augmentation (default: 0)")
-    add("--gpus", type=int, help="0 trains on the CPU (default: 1 if there is a CUDA card, else 0)")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that load data")
+    add("--epochs", type=partial(number, int, 1), help="default: the preset's recipe")
+    add("--batch-size", type=partial(number, int, 1), help="default: the preset's recipe")
+    add(
+        "--lr",
+        type=partial(number, float, 1e-12),
+        help="peak learning rate of the fusion modules (default: the preset's recipe)",
+    )
+    add(
+        "--image-size",
+        type=partial(number, int, 1),
+        help="side of SAM 2's input, a multiple of 32 (default: the preset's)",
+    )
+    add(
+        "--seed",
+        type=partial(number, int, 0),
+        default=0,
+        help="of initial weights, data order and augmentation (default: 0)",
+    )
+    add("--gpus", type=partial(number, int, 0), help="0 trains on the CPU (default: 1 if there is a CUDA card, else 0)")
+    add("--workers", type=partial(number, int, 0), default=default_workers(), help="processes that load data")
     add(
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with the run in this folder; flags given anew win over its own",
+        help="go on with the run in this folder, with its own flags; epochs, lr, batch size may be new",
     )
     add("--skip-missing", action="store_true", help="leave out samples whose image or mask file is missing")
     add("--from-scratch", action="store_true", help="start from random weights, all trained (tiny always does)")
@@ -334,6 +314,11 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
             raise UsageError(
                 f"{last} holds weights alone and can't be gone on with: name the run's folder or its last.pt"
             )
+        again = {"resume", "epochs", "batch_size", "lr", "gpus", "workers", "data", "skip_missing"}
+        if fixed := [k for k, v in vars(args).items() if k not in again and v != parser.get_default(k)]:
+            raise UsageError(
+                f"--{fixed[0].replace('_', '-')} can't be changed by --resume: leave it out, or start a new run"
+            )
         parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k != "resume"})
         args = parser.parse_args()
         args.out = last.parent
@@ -351,37 +336,45 @@ def new_model(args: argparse.Namespace) -> RS2SAM2:
     )  # fmt: skip
 
 
+def open_sets(args: argparse.Namespace, augment: str | None):
+    """The training and the validation set."""
+    common = {"seed": args.seed, "skip_missing": args.skip_missing}
+    train_set = open_dataset(args.data, "train", one_phrase=True, augment=augment, **common)
+    return train_set, open_dataset(args.data, "val", **common)
+
+
 def main() -> None:
     args, checkpoint = parse_args()
     device = pick_device(args.gpus)
-    torch.manual_seed(args.seed)
-    if args.data == "scenes" and not Path("data/scenes").exists():
-        print("generating scenes under data/scenes (once, a minute or two)")
-        make_scenes(Path("data/scenes"))
-    recipe = RECIPES[args.model]
-    train_set = open_dataset(args.data, "train", augment=recipe.augment, seed=args.seed, skip_missing=args.skip_missing)
-    val_set = open_dataset(args.data, "val", skip_missing=args.skip_missing)
-    model = rebuild(checkpoint) if checkpoint else new_model(args)
-    trainer = Trainer(args, recipe, model, device, train_set, val_set)
-    if checkpoint:
-        trainer.resume(checkpoint)
-    else:
+    if not checkpoint:
         args.out = args.out or free_run(args.data, args.model)
         if (args.out / "last.pt").exists() or (args.out / "best.pt").exists():
             raise UsageError(
                 f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}"
             )
-        args.out.mkdir(parents=True, exist_ok=True)
-    counts = count_parameters(model)
-    print(f"{args.model} on {args.data} ({len(trainer.train_set)} training targets, {len(trainer.val_set)} validation "
-          f"phrases), {device}, run {args.out}\nparameters: {counts['total']:,} total, {counts['trained']:,} trained, "
-          f"{counts['frozen']:,} frozen", flush=True)  # fmt: skip
+    recipe, fresh = RECIPES[args.model], args.data == "scenes" and not Path("data/scenes").exists()
+    sets = None if fresh else open_sets(args, recipe.augment)
+    torch.manual_seed(args.seed)
+    model = rebuild(checkpoint) if checkpoint else new_model(args)
+    if fresh:
+        print("generating scenes under data/scenes (once, a minute or two)", flush=True)
+        make_scenes(Path("data/scenes"))
+        sets = open_sets(args, recipe.augment)
     try:
+        trainer = Trainer(args, recipe, model, device, *sets)
+        if checkpoint:
+            trainer.resume(checkpoint)
+        args.out.mkdir(parents=True, exist_ok=True)
+        counts = count_parameters(model)
+        print(f"{args.model} on {args.data} ({len(sets[0]):,} training targets, {len(sets[1]):,} validation phrases), "
+              f"{device}, run {args.out}\nparameters: {counts['total']:,} total, {counts['trained']:,} trained, "
+              f"{counts['frozen']:,} frozen", flush=True)  # fmt: skip
         trainer.run()
     except torch.OutOfMemoryError:
+        smaller = f"--batch-size {args.batch_size // 2} or " if args.batch_size > 1 else ""
         raise UsageError(
-            f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try --batch-size "
-            f"{max(1, args.batch_size // 2)} or a smaller --image-size"
+            f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try {smaller}a "
+            f"smaller --image-size"
         ) from None
 
 

@@ -6,6 +6,7 @@ BEiT-3's: they take the same road. Files are read without running code: `torch.l
 """
 
 import re
+import zipfile
 from pathlib import Path
 
 import open_clip
@@ -77,7 +78,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a dozen kinds, from zip errors to refused pickles: one sentence serves for all
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{path} can't be read as a file of weights alone ({reason}): download it again") from error
@@ -96,7 +97,7 @@ def load_named(model: nn.Module, state: dict[str, Tensor], source: str, required
     key raises WeightsError naming it (`source` is for that message); nothing has been copied then.
     """
     blocks = len(model.image_encoder.trunk.blocks)
-    ours = {k: v for k, v in model.state_dict(keep_vars=True).items()}
+    ours = model.state_dict(keep_vars=True)
     renamed = {our_name(k): (k, v) for k, v in state.items() if not is_unused(k, blocks)}
     unknown = [k for name, (k, _) in renamed.items() if name not in ours]
     missing = [name for name in ours if required(name) and name not in renamed]

@@ -140,7 +140,7 @@ def test_category_key_split_names_and_phrases(tmp_path):
     notes[1] = notes[1] | {"category_id": 1}
     del notes[1]["categories_id"]
     write_refer(tmp_path, refs, notes)
-    train, val = (open_dataset(tmp_path, split, **SMALL) for split in ("train", "val"))
+    train, val = (open_dataset(tmp_path, split, one_phrase=split == "train", **SMALL) for split in ("train", "val"))
     assert len(train) == 1 and len(val) == 3 and len(open_dataset(tmp_path, "test", **SMALL)) == 2
     assert [val[i]["phrase"] for i in range(3)] == list(phrases)
     assert {train[0, epoch]["phrase"] for epoch in range(20)} == set(phrases)
@@ -232,7 +232,7 @@ def test_refsegrs(tmp_path, end):
 def test_risbench(tmp_path):
     lines = ["00001.png a ship  in the harbor", "00001.png another phrase"]
     write_lists(tmp_path, lines, ["00001"], "RISBench", value=1)
-    train = open_dataset(tmp_path, "train", **SMALL)
+    train = open_dataset(tmp_path, "train", one_phrase=True, **SMALL)
     assert len(train) == 1 and train.samples[0].phrases == ("a ship  in the harbor", "another phrase")
     (tmp_path / "phrase_txts").mkdir()
     (tmp_path / "img_rgb").rename(tmp_path / "images")
@@ -247,7 +247,7 @@ def test_csv(tmp_path):
             ("a.png", "b.png", "nothing", "val")]
     write_csv(tmp_path, rows)
     save(tmp_path / "masks/b.png", np.zeros((20, 25), np.uint8))
-    train, val = (open_dataset(tmp_path, split, **SMALL) for split in ("train", "val"))
+    train, val = (open_dataset(tmp_path, split, one_phrase=split == "train", **SMALL) for split in ("train", "val"))
     assert len(train) == 1 and train.samples[0].phrases == ("the lake, on the left", "a second phrase")
     assert np.array_equal(train[0]["mask"], box())
     assert val[0]["mask"].shape == (20, 25) and not val[0]["target"].any() and val.samples[0].id == "a.png+b.png"

@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
+import open_clip
 import pytest
 import torch
 
 import evaluate
 import runs
 import train
+from data import Stream
 from model import PRESETS, RS2SAM2
 from scenes import make_scenes
 
@@ -61,13 +64,13 @@ def test_parameter_groups_are_disjoint_and_complete(train_trunk):
 
 
 def test_the_stream_visits_every_sample_once_a_pass_and_can_be_cut_anywhere():
-    whole = list(train.Stream(7, seed=3, start=0, stop=21))
+    whole = list(Stream(7, seed=3, start=0, stop=21))
     for number in range(3):
         assert sorted(whole[7 * number : 7 * number + 7]) == [(i, number) for i in range(7)]
     assert [i for i, _ in whole[:7]] != [i for i, _ in whole[7:14]]
     for cut in range(22):
-        assert list(train.Stream(7, 3, 0, cut)) + list(train.Stream(7, 3, cut, 21)) == whole
-    assert list(train.Stream(7, 4, 0, 21)) != whole
+        assert list(Stream(7, 3, 0, cut)) + list(Stream(7, 3, cut, 21)) == whole
+    assert list(Stream(7, 4, 0, 21)) != whole
 
 
 def test_the_average_is_the_moving_average(tiny):
@@ -128,7 +131,7 @@ def test_iou_by_hand():
 
 def test_best_median_worst_covers_both_ends():
     rows = [{"iou": i / 10} for i in range(10)]
-    assert evaluate.best_median_worst(rows, 5) == [9, 8, 5, 4, 0][:2] + evaluate.best_median_worst(rows, 5)[2:4] + [0]
+    assert evaluate.best_median_worst(rows, 5) == [9, 8, 5, 4, 0]
     assert sorted(evaluate.best_median_worst(rows, 50)) == list(range(10))
     assert evaluate.best_median_worst(rows, 1) == [9]
 
@@ -140,7 +143,7 @@ def test_best_median_worst_covers_both_ends():
 def finished(scenes, tmp_path_factory) -> tuple[Path, str]:
     """A folder in which two short epochs were trained -> (the folder, what was printed)"""
     cwd = tmp_path_factory.mktemp("work")
-    args = ("--data", scenes, "--model", "tiny", "--image-size", 64, "--epochs", 2, "--batch-size", 4, "--workers", 1)
+    args = ("--data", scenes, "--model", "tiny", "--image-size", 64, "--epochs", 2, "--batch-size", 16, "--workers", 1)
     return cwd, run("train.py", *args, "--gpus", 0, cwd=cwd)
 
 
@@ -168,28 +171,42 @@ def test_evaluation_needs_the_checkpoint_alone(finished):
     run("evaluate.py", "--protocol", "paper", "--split", "val", cwd=cwd)
 
 
-def test_resume_is_exact(finished, scenes, tmp_path):
-    """One epoch, stop, and one more is the same as two in one go, bit for bit."""
+STOP = """
+import sys, train
+save = train.Trainer.save_last
+def save_and_stop(self, metrics):
+    save(self, metrics)
+    sys.exit(0)
+train.Trainer.save_last = save_and_stop
+train.SAVE_EVERY = {seconds}
+train.main()
+"""
+
+
+@pytest.mark.parametrize("seconds", [600, 0])
+def test_resume_is_exact(finished, scenes, tmp_path, seconds):
+    """Stopped after an epoch, or after the first step of one, and gone on with: bit for bit the run in one go."""
     cwd, _ = finished
     whole = torch.load(cwd / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
-    args = ("--data", scenes, "--model", "tiny", "--image-size", 64, "--epochs", 2, "--batch-size", 4, "--gpus", 0)
-    script = (
-        "import train, sys; validate = train.Trainer.save_last\n"
-        "def stop(self, metrics):\n    validate(self, metrics)\n    sys.exit(0)\n"
-        f"train.Trainer.save_last = stop; sys.path.insert(0, {str(ROOT)!r}); train.main()"
-    )
+    args = ("--data", scenes, "--model", "tiny", "--image-size", 64, "--epochs", 2, "--batch-size", 16, "--gpus", 0)
     subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)], cwd=tmp_path, check=True, timeout=300,
+        [sys.executable, "-c", STOP.format(seconds=seconds), *map(str, args)], cwd=tmp_path, check=True, timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True,
     )  # fmt: skip
-    halfway = torch.load(tmp_path / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
-    assert halfway["samples"] * 2 == whole["samples"]
+    stopped = torch.load(tmp_path / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
+    assert stopped["samples"] == (16 if seconds == 0 else whole["samples"] // 2)
     run("train.py", "--resume", "runs/scenes-tiny-1", cwd=tmp_path)
     resumed = torch.load(tmp_path / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
     for key in ("model", "average"):
         for name, tensor in whole[key].items():
             assert torch.equal(tensor, resumed[key][name]), name
     assert resumed["samples"] == whole["samples"] and resumed["best"] == whole["best"]
+
+
+def test_what_resume_can_t_change_is_said(finished):
+    cwd, _ = finished
+    printed = run("train.py", "--resume", "runs/scenes-tiny-1", "--image-size", 96, cwd=cwd, code=2)
+    assert "--image-size can't be changed by --resume" in printed
 
 
 def test_another_run_s_checkpoint_is_not_overwritten(finished, scenes):
@@ -205,7 +222,10 @@ def test_another_run_s_checkpoint_is_not_overwritten(finished, scenes):
         (["--data", "RRSIS-D"], "refs(unc).p"),  # shows the expected layout
         (["--data", "EMPTY"], "refs(unc).p"),
         (["--gpus", "99"], "--gpus 99"),
-        (["--data", "SCENES", "--model", "large"], "--sam2 FILE"),  # says which option names a local file
+        (["--data", "SCENES", "--model", "large"], "--encoder-weights FILE"),  # says which option names a local file
+        (["--data", "SCENES", "--model", "large", "--encoder-weights", "empty.pt"], "--sam2 FILE"),
+        (["--model", "large"], "--encoder-weights FILE"),  # before scenes are made
+        (["--image-size", "100"], "multiple of 32"),
         (["--data", "SCENES", "--model", "large", "--sam2", "none.pt"], "no weights file at none.pt"),
         (["--data", "SCENES", "--model", "large", "--sam2", "empty.pt"], "--encoder-weights FILE"),
         (["--data", "SCENES", "--model", "paper", "--sam2", "empty.pt"], "beit3_large_patch16_224.pth"),
@@ -233,6 +253,11 @@ def test_another_run_s_checkpoint_is_not_overwritten(finished, scenes):
     ],
 )
 def test_wrong_input_is_one_sentence_before_anything_long(args, expected, scenes, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    monkeypatch.setattr(open_clip, "download_pretrained", no_network)
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("empty.pt").touch()

@@ -6,6 +6,7 @@ import pickle
 
 import open_clip
 import pytest
+import sentencepiece
 import torch
 from sam2.build_sam import build_sam2
 from test_model import SMALL_BEIT3, OnMeta
@@ -207,7 +208,6 @@ def test_beit3_s_own_file(tmp_path):
 
 def test_beit3_s_ids_are_the_published_ones(tmp_path):
     """<s> 0, </s> 2, <unk> = padding 3, every other piece k -> k + 1, checked against the model's own pieces."""
-    sentencepiece = pytest.importorskip("sentencepiece")
     words = ["the ship on the left", "a large dam", "the red storage tank at the bottom", "two airplanes"] * 5
     (tmp_path / "text.txt").write_text("\n".join(words))
     sentencepiece.SentencePieceTrainer.train(

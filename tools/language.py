@@ -32,14 +32,14 @@ class Shuffled(torch.utils.data.Dataset):
         order = [index for group in groups for index in group]
         step = max(map(len, groups))  # far enough along the shuffled images to be in another one
         donors = dict(zip(order, order[step:] + order[:step]))
-        items = [dataset.items[donors[index]] for index in range(len(dataset))]
-        self.phrases = [dataset.samples[i].phrases[j] for i, j in items]
+        self.donors = [dataset.items[donors[index]] for index in range(len(dataset))]  # (sample, phrase) numbers
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        return self.dataset[index] | {"phrase": self.phrases[index]}
+        sample, phrase = self.donors[index]
+        return self.dataset[index] | {"phrase": self.dataset.samples[sample].phrases[phrase]}
 
 
 def main() -> None:
@@ -53,10 +53,12 @@ def main() -> None:
         model, checkpoint = load_checkpoint(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu")
         sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
         dataset = open_dataset(args.data or checkpoint["data"], args.split, **sizes)
+        sets = {"phrases as they are": dataset, "phrases shuffled": Shuffled(dataset, args.seed)}
+        rows = {name: summarise_rows(score(model, data, title=name), "ours") for name, data in sets.items()}
     except (DataError, CheckpointError) as error:
-        sys.exit(f"language.py: {error}")
-    rows = {"phrases as they are": dataset, "phrases shuffled": Shuffled(dataset, args.seed)}
-    print(table({name: summarise_rows(score(model, data, title=name), "ours") for name, data in rows.items()}))
+        print(f"language.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(table(rows))
 
 
 if __name__ == "__main__":
