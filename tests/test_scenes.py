@@ -11,11 +11,11 @@ from pycocotools import mask as coco_mask
 
 import scenes
 
-NAMES = {"airplane": "airplane", "baseball field": "baseballfield", "chimney": "chimney", "harbor": "harbor",
+NAMES = {"airplane": "airplane", "baseball field": "baseballfield", "harbor": "harbor",
          "ship": "ship", "stadium": "stadium", "storage tank": "storagetank", "tennis court": "tenniscourt",
-         "vehicle": "vehicle", "windmill": "windmill"}
-IDS = {"airplane": 2, "baseballfield": 4, "chimney": 7, "harbor": 11, "ship": 13, "stadium": 14, "storagetank": 15,
-       "tenniscourt": 16, "vehicle": 18, "windmill": 19}
+         "vehicle": "vehicle"}
+IDS = {"airplane": 2, "baseballfield": 4, "harbor": 11, "ship": 13, "stadium": 14, "storagetank": 15,
+       "tenniscourt": 16, "vehicle": 18}
 COLOURS = ("red", "blue", "green", "yellow", "white", "gray")
 
 
