@@ -258,7 +258,6 @@ class Trainer:
 
 def parse_args() -> tuple[argparse.Namespace, dict | None]:
     """-> (the command line, with what is left to choose filled in; the checkpoint to go on from or None)"""
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(

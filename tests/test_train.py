@@ -271,7 +271,7 @@ def test_wrong_input_is_one_sentence_before_anything_long(args, expected, scenes
 
 def test_wrong_input_ends_with_exit_code_2(tmp_path):
     assert run("train.py", "--data", "nowhere", cwd=tmp_path, code=2).startswith("train.py: There is no folder nowhere")
-    assert "must be positive" in run("train.py", "--epochs", "0", cwd=tmp_path, code=2)
+    assert "is not an integer of 1 or more" in run("train.py", "--epochs", "0", cwd=tmp_path, code=2)
 
 
 def test_evaluate_s_errors(tmp_path):
