@@ -57,7 +57,7 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe(
-        samples=24_000, epoch_range=(240, 4000), batch_size=4, lr=1e-3, foundation_rate=1.0, betas=(0.9, 0.98),
+        samples=28_000, epoch_range=(280, 4000), batch_size=8, lr=1.4e-3, foundation_rate=1.0, betas=(0.9, 0.98),
         weight_decay=0.02, augment=None, dice=1.0, pseudo=5.0,
     ),
     "base": Recipe(),
