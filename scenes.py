@@ -249,9 +249,9 @@ def descriptions(me, others):
     unique_colour = alone(lambda o: o.colour == me.colour)
     found += [("colour", me.colour, "")] if unique_colour else []
     for place in PLACES:
-        if alone(lambda o: is_at(o, place)):
+        if alone(lambda o, place=place: is_at(o, place)):
             found.append(("position", "", place))
-        elif not unique_colour and alone(lambda o: o.colour == me.colour and is_at(o, place)):
+        elif not unique_colour and alone(lambda o, place=place: o.colour == me.colour and is_at(o, place)):
             found.append(("colour+position", me.colour, place))  # neither would do without the other
     return found
 

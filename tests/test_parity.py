@@ -222,9 +222,10 @@ def test_metrics(path):
     tensors, config = read(path)
     logits, target = tensors["in/logits"], tensors["in/target"]
     counts = [iou_counts((p[1] > p[0]).numpy(), t.numpy()) for p, t in zip(logits, target)]
-    I, U = np.array(counts).T
-    assert (I == tensors["out/intersection"].numpy()).all() and (U == tensors["out/union"].numpy()).all()
-    scores = summarise(I, U, protocol="paper")
+    intersection, union = np.array(counts).T
+    assert (intersection == tensors["out/intersection"].numpy()).all()
+    assert (union == tensors["out/union"].numpy()).all()
+    scores = summarise(intersection, union, protocol="paper")
     assert scores["mIoU"] == pytest.approx(config["miou"], abs=1e-9)
     assert scores["oIoU"] == pytest.approx(config["oiou"], abs=1e-9)
     for threshold, value in zip(config["thresholds"], config["pr"]):
