@@ -3,6 +3,7 @@
 Letters: B batch, W width of the union encoder, g side of its visual grid, C width of SAM 2's decoder.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,7 +36,10 @@ class MaskPromptGenerator(nn.Module):
 
 
 def dense_prompt(pseudo_mask: Tensor, side: int) -> Tensor:
-    """Resize a pseudo-mask (B, 1, g, g) to what SAM 2's prompt encoder takes, (B, 1, side, side): bilinear."""
+    """Resize a pseudo-mask (B, 1, g, g) to what SAM 2's prompt encoder takes, (B, 1, side, side): bilinear.
+
+    In float32 at least: torch's antialiased resize does not take bfloat16 everywhere."""
+    pseudo_mask = pseudo_mask.to(torch.promote_types(pseudo_mask.dtype, torch.float32))  # (B, 1, g, g)
     return F.interpolate(pseudo_mask, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
 

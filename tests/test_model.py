@@ -84,6 +84,19 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other(encoder):
     assert silent == [], silent
 
 
+@pytest.mark.parametrize("encoder", ["open_clip", "beit3"])
+def test_bfloat16_autocast_trains_and_agrees_with_float32(encoder):
+    model = random_model(encoder)
+    batch, target = random_batch(model, [7, 4]), torch.ones(2, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(*batch)
+    loss = losses.total_loss(output, target, pseudo=1.0)["loss"]
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    exact = model(*batch).logits
+    assert (output.logits - exact).norm() < 0.05 * exact.norm()  # bfloat16 keeps 8 bits
+
+
 def test_key_biases_are_the_known_exception():
     """Soft-max does not see a shift of all keys: their gradient is zero up to noise."""
     model = random_model("open_clip")
@@ -114,7 +127,8 @@ def test_no_video_memory_is_built():
 def test_a_checkpoint_holds_the_model(tmp_path):
     model = random_model("open_clip").eval()
     batch = random_batch(model, [5, 3])
-    torch.save({"preset": dataclasses.asdict(model.preset), "model": model.state_dict()}, tmp_path / "m.pt")
+    facts = {"data": "scenes", "model_name": "tiny", "revision": ""}
+    torch.save(facts | {"preset": dataclasses.asdict(model.preset), "model": model.state_dict()}, tmp_path / "m.pt")
     again, _ = load_checkpoint(tmp_path / "m.pt")
     with torch.no_grad():
         for ours, theirs in zip(model(*batch), again(*batch)):
