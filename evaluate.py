@@ -127,12 +127,14 @@ def table(scores: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def picture(image: np.ndarray, pictures: list[np.ndarray], phrase: str, note: str, size: int = 256) -> np.ndarray:
-    """One row of a panel: the image and masks side by side under a line of text. uint8 RGB (size + 28, n * size, 3)."""
+def picture(image: np.ndarray, masks: list[np.ndarray], phrase: str, note: str, size: int = 256) -> np.ndarray:
+    """One row of a panel: the image, and what each mask lights of it, under a line of text.
+
+    image uint8 RGB, masks float (h, w) in [0, 1] -> uint8 RGB (size + 28, n * size, 3)."""
     cells = [cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)]
-    for mask in pictures:  # float (h, w) in [0, 1], tinted over the image
+    for mask in masks:
         mask = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)[..., None]
-        cells.append((cells[0] * (1 - 0.6 * mask) + np.array([255, 40, 40]) * 0.6 * mask).astype(np.uint8))
+        cells.append((cells[0] * (0.2 + 0.8 * mask)).astype(np.uint8))
     text = np.full((28, size * len(cells), 3), 255, np.uint8)
     line = f"{note}  {phrase}".encode("ascii", "replace").decode()
     cv2.putText(text, line, (6, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
