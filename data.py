@@ -22,6 +22,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from layouts import NAMES, DataError, NoSamples, missing_files, read_samples
+from runs import free_path
 
 MAX_PIXELS = 2**26  # 8192 x 8192: a file that claims more is taken for a decompression bomb
 
@@ -336,10 +337,7 @@ def check(data, sheet):
     quartiles = ", ".join(f"{share:.2f} %" for share in np.percentile(shares, (25, 50, 75)))
     print(f"  mask's share of the image, quartiles: {quartiles}")
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % 4)
-    path, n = Path(sheet), 1
-    while path.exists():
-        n += 1
-        path = Path(sheet).with_stem(f"{Path(sheet).stem}-{n}")
+    path = free_path(Path(sheet))
     Image.fromarray(np.vstack([np.hstack(tiles[i : i + 4]) for i in range(0, len(tiles), 4)])).save(path)
     print(f"  contact sheet: {path}")
 

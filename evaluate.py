@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import Collate, open_dataset
 from layouts import DataError, NoSamples
 from model import CheckpointError, load_checkpoint
-from runs import default_workers
+from runs import default_workers, free_path
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 PROTOCOLS = ("ours", "paper")
@@ -179,14 +179,6 @@ def report(rows: list[dict], protocol: str) -> dict:
 
 def print_report(result: dict) -> None:
     print(table({"all": result["scores"]} | result.get("by kind", {}) | result.get("by category", {})))
-
-
-def free_path(path: Path) -> Path:
-    """`path`, or the first path-2, path-3 ... that does not exist: nothing is overwritten."""
-    number, free = 2, path
-    while free.exists():
-        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
-    return free
 
 
 def main() -> None:

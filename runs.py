@@ -51,6 +51,14 @@ def free_run(data: str, model: str) -> Path:
     return path
 
 
+def free_path(path: Path) -> Path:
+    """`path`, or the first path-2, path-3 ... that does not exist: nothing is overwritten."""
+    number, free = 2, path
+    while free.exists():
+        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    return free
+
+
 def pick_device(gpus: int | None) -> torch.device:
     there = torch.cuda.device_count()
     gpus = min(there, 1) if gpus is None else gpus
