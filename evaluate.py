@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checkpoints import CheckpointError, load_checkpoint
 from data import Collate, open_dataset
 from layouts import DataError, NoSamples
-from model import CheckpointError, load_checkpoint
 from runs import default_workers, free_path
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)

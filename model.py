@@ -13,7 +13,7 @@ Letters: B batch, S side of the image, E side of the union encoder's image, L te
 encoder, C width of SAM 2's decoder, g side of the union encoder's grid, s = S/16 side of SAM 2's image embedding.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,17 +29,7 @@ from torch import Tensor, nn
 from encoder import IMAGENET_MEAN, IMAGENET_STD, BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder
 from fusion import DecoderFusion, FusedHiera
 from prompt_gen import MaskPromptGenerator, SparsePrompt, dense_prompt
-from weights import (
-    WeightsError,
-    beit3_tokenizer_file,
-    existing,
-    find_open_clip,
-    find_sam2,
-    load_beit3,
-    load_open_clip,
-    load_sam2,
-    open_clip_model,
-)
+from weights import open_clip_model
 
 
 @dataclass(frozen=True)
@@ -263,97 +253,8 @@ class RS2SAM2(nn.Module):
         return 2 * p - 1  # (B, 1, S/4, S/4)
 
 
-def build(name, image_size=None, from_scratch=False, sam2_file=None, encoder=None, encoder_weights=None) -> RS2SAM2:
-    """The model of a preset with its foundation weights, from files or the hub, or with none.
-
-    name: one of PRESETS; image_size: instead of the preset's; from_scratch: random weights, all trained (`tiny` always);
-    sam2_file: a SAM 2 file of the preset's size; encoder: another open_clip model as union encoder; encoder_weights: a
-    pretrained tag of open_clip or a file, or BEiT-3's file with beit3.spm beside it. WeightsError in one sentence.
-    """
-    preset = PRESETS[name]
-    if image_size:
-        if image_size % 32:
-            raise WeightsError(f"image size {image_size}: SAM 2's windows need a multiple of 32")
-        preset = replace(preset, image_size=image_size)
-    if encoder:
-        if name not in ("base", "large"):
-            raise WeightsError(f"--encoder {encoder}: preset {name} has a union encoder of its own; use base or large")
-        preset = replace(preset, encoder_name=encoder, encoder_tag=None)
-    if from_scratch or name == "tiny":
-        if sam2_file or encoder_weights:
-            raise WeightsError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
-        if preset.encoder == "beit3":
-            raise WeightsError(
-                "preset paper needs BEiT-3's tokeniser, beside its weights: name them by --encoder-weights"
-            )
-        return RS2SAM2(replace(preset, train_trunk=True))
-
-    # Every file is looked for before anything is downloaded, and downloaded before anything is built.
-    sam2_file = existing(sam2_file) if sam2_file else None
-    source = encoder_weights or preset.encoder_tag
-    if preset.encoder == "beit3":
-        tokenizer = BEiT3Tokenizer(beit3_tokenizer_file(source).read_bytes())
-        sam2_file = sam2_file or find_sam2(preset.sam2)
-        model = RS2SAM2(preset, tokenizer=tokenizer)
-        load_beit3(model, source)
-    else:
-        if source is None:
-            raise WeightsError(f"--encoder {encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
-        # A tag says how its model was trained (activation, normalisation); a file is taken for the name's usual way.
-        preset = replace(preset, encoder_tag=None if Path(source).is_file() else source)
-        clip = open_clip_model(preset.encoder_name, preset.encoder_tag)
-        clip_file = find_open_clip(preset.encoder_name, source)
-        sam2_file = sam2_file or find_sam2(preset.sam2)
-        load_open_clip(clip, preset.encoder_name, clip_file)
-        model = RS2SAM2(preset, clip=clip)
-    load_sam2(model, sam2_file)
-    return model
-
-
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """{"total", "trained", "frozen"} numbers of parameters."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return {"total": total, "trained": trained, "frozen": total - trained}
-
-
-class CheckpointError(Exception):
-    """A checkpoint that can't be found, read or used. The message is one sentence for the user."""
-
-
-def rebuild(checkpoint: dict) -> RS2SAM2:
-    """The model of a checkpoint's dict, its weights included."""
-    tokenizer = BEiT3Tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
-    model = RS2SAM2(Preset(**checkpoint["preset"]), tokenizer=tokenizer)
-    model.load_state_dict(checkpoint["model"])
-    return model
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """The dict of a checkpoint that train.py wrote, on the CPU. No code from the file is run; CheckpointError."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: train one with `python train.py`, or name another")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # from zip errors to refused pickles: one sentence serves for all
-        raise CheckpointError(f"{path} can't be read as a checkpoint: it is damaged or of another kind") from error
-    missing = {"preset", "model", "data", "model_name", "revision"} - set(
-        checkpoint if isinstance(checkpoint, dict) else ()
-    )
-    if missing:
-        raise CheckpointError(f"{path} is not a checkpoint of train.py (it holds no {', no '.join(sorted(missing))})")
-    return checkpoint
-
-
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[RS2SAM2, dict]:
-    """The model of a checkpoint, in evaluation mode, and the checkpoint's dict. Nothing but the file is needed."""
-    checkpoint = read_checkpoint(path)
-    try:
-        model = rebuild(checkpoint)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:150]
-        raise CheckpointError(
-            f"{path} does not fit this version of the code ({reason}): use the one it names"
-        ) from error
-    return model.to(device).eval(), checkpoint

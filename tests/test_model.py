@@ -9,8 +9,9 @@ import torch
 from torch.utils._device import DeviceContext
 
 import losses
+from checkpoints import CheckpointError, load_checkpoint
 from encoder import BEiT3Encoder
-from model import PRESETS, RS2SAM2, CheckpointError, Preset, count_parameters, load_checkpoint
+from model import PRESETS, RS2SAM2, Preset, count_parameters
 from weights import is_unused, our_name
 
 FIXTURES = Path(os.environ["FIXTURES"]) if os.environ.get("FIXTURES") else None

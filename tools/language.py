@@ -14,10 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from checkpoints import CheckpointError, load_checkpoint  # noqa: E402
 from data import open_dataset  # noqa: E402
 from evaluate import score, summarise_rows, table  # noqa: E402
 from layouts import DataError  # noqa: E402
-from model import CheckpointError, load_checkpoint  # noqa: E402
 
 
 class Shuffled(torch.utils.data.Dataset):
