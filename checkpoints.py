@@ -1,22 +1,29 @@
-"""Models from files: a preset with foundation weights, and the checkpoints of train.py."""
+"""Models from files: a preset with foundation weights, the published checkpoint, and those of train.py."""
 
-from dataclasses import replace
+import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from encoder import BEiT3Tokenizer
+from encoder import BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder
 from model import PRESETS, RS2SAM2, Preset
 from weights import (
+    Unfilled,
     WeightsError,
     beit3_tokenizer_file,
     existing,
     find_open_clip,
     find_sam2,
+    is_published,
     load_beit3,
     load_open_clip,
+    load_published,
     load_sam2,
     open_clip_model,
+    published_files,
+    published_tokenizer,
+    read_state,
 )
 
 
@@ -24,22 +31,31 @@ class CheckpointError(Exception):
     """A checkpoint that can't be found, read or used. The message is one sentence for the user."""
 
 
-def build(name, image_size=None, from_scratch=False, sam2_file=None, encoder=None, encoder_weights=None) -> RS2SAM2:
+def check_image_size(image_size: int) -> int:
+    if image_size % 32:
+        raise WeightsError(f"image size {image_size}: SAM 2's windows need a multiple of 32")
+    return image_size
+
+
+def build(
+    name, image_size=None, from_scratch=False, sam2_file=None, encoder=None, encoder_weights=None, encoder_size=None
+) -> RS2SAM2:
     """The model of a preset with its foundation weights, from files or the hub, or with none.
 
     name: one of PRESETS; image_size: instead of the preset's; from_scratch: random weights, all trained (`tiny` always);
     sam2_file: a SAM 2 file of the preset's size; encoder: another open_clip model as union encoder; encoder_weights: a
-    pretrained tag of open_clip or a file, or BEiT-3's file with beit3.spm beside it. WeightsError in one sentence.
+    pretrained tag of open_clip or a file, or BEiT-3's file with beit3.spm beside it; encoder_size: the side of the
+    open_clip model's images, by interpolating its position table. WeightsError in one sentence.
     """
     preset = PRESETS[name]
     if image_size:
-        if image_size % 32:
-            raise WeightsError(f"image size {image_size}: SAM 2's windows need a multiple of 32")
-        preset = replace(preset, image_size=image_size)
+        preset = replace(preset, image_size=check_image_size(image_size))
+    if (encoder or encoder_size) and name not in ("base", "large"):
+        option = f"--encoder {encoder}" if encoder else f"--encoder-size {encoder_size}"
+        raise WeightsError(f"{option}: preset {name} has a union encoder of its own; use base or large")
     if encoder:
-        if name not in ("base", "large"):
-            raise WeightsError(f"--encoder {encoder}: preset {name} has a union encoder of its own; use base or large")
         preset = replace(preset, encoder_name=encoder, encoder_tag=None)
+    preset = replace(preset, encoder_size=encoder_size)
     if from_scratch or name == "tiny":
         if sam2_file or encoder_weights:
             raise WeightsError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
@@ -55,52 +71,88 @@ def build(name, image_size=None, from_scratch=False, sam2_file=None, encoder=Non
     if preset.encoder == "beit3":
         tokenizer = BEiT3Tokenizer(beit3_tokenizer_file(source).read_bytes())
         sam2_file = sam2_file or find_sam2(preset.sam2)
-        model = RS2SAM2(preset, tokenizer=tokenizer)
+        with Unfilled():
+            union_encoder = BEiT3Encoder(**preset.encoder_args, tokenizer=tokenizer)
+        model = RS2SAM2(preset, union_encoder)
         load_beit3(model, source)
     else:
         if source is None:
             raise WeightsError(f"--encoder {encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
         # A tag says how its model was trained (activation, normalisation); a file is taken for the name's usual way.
         preset = replace(preset, encoder_tag=None if Path(source).is_file() else source)
-        clip = open_clip_model(preset.encoder_name, preset.encoder_tag)
+        with Unfilled():
+            clip = open_clip_model(preset.encoder_name, preset.encoder_tag, preset.encoder_size)
         clip_file = find_open_clip(preset.encoder_name, source)
         sam2_file = sam2_file or find_sam2(preset.sam2)
         load_open_clip(clip, preset.encoder_name, clip_file)
-        model = RS2SAM2(preset, clip=clip)
+        model = RS2SAM2(preset, OpenCLIPEncoder(clip, **preset.encoder_args))
     load_sam2(model, sam2_file)
     return model
 
 
-def rebuild(checkpoint: dict) -> RS2SAM2:
-    """The model of a checkpoint's dict, its weights included."""
-    tokenizer = BEiT3Tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
-    model = RS2SAM2(Preset(**checkpoint["preset"]), tokenizer=tokenizer)
-    model.load_state_dict(checkpoint["model"])
+def rebuild(checkpoint: dict, image_size: int | None = None) -> RS2SAM2:
+    """The model of a checkpoint's dict, its weights included; image_size: instead of the one it was trained at."""
+    preset = Preset(**checkpoint["preset"])
+    if image_size:
+        preset = replace(preset, image_size=check_image_size(image_size))
+    with Unfilled():
+        model = RS2SAM2(preset)
+    if checkpoint.get("tokenizer"):
+        model.union_encoder.tokenizer = BEiT3Tokenizer(checkpoint["tokenizer"], model.union_encoder.context)
+    if "files" in checkpoint:
+        load_published(model, checkpoint["files"])
+    else:
+        model.load_state_dict(checkpoint["model"])
     return model
 
 
+def read_published(path: Path, files: list[Path]) -> dict:
+    """What `rebuild` needs of a published checkpoint, in the form of our own, but for the weights: these stay in `files`."""
+    folder = path if path.is_dir() else path.parent
+    return {
+        "preset": asdict(PRESETS["paper"]), "files": files, "tokenizer": published_tokenizer(folder).read_bytes(),
+        "model_name": "paper", "data": None, "revision": "", "epoch": None,
+    }  # fmt: skip
+
+
 def read_checkpoint(path: str | Path) -> dict:
-    """The dict of a checkpoint that train.py wrote, on the CPU. No code from the file is run; CheckpointError."""
+    """The dict of a checkpoint, on the CPU: what train.py wrote, or the like for a published one; CheckpointError.
+
+    path: a file, the folder of a run (its best.pt is taken), or a folder as `save_pretrained` left it. Which kind it is
+    shows in the names it holds. No code from the file is run.
+    """
     path = Path(path)
+    if path.is_dir():
+        if not (path / "best.pt").is_file():
+            return read_published(path, published_files(path))
+        path = path / "best.pt"
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: train one with `python train.py`, or name another")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # from zip errors to refused pickles: one sentence serves for all
-        raise CheckpointError(f"{path} can't be read as a checkpoint: it is damaged or of another kind") from error
-    missing = {"preset", "model", "data", "model_name", "revision"} - set(
-        checkpoint if isinstance(checkpoint, dict) else ()
-    )
-    if missing:
-        raise CheckpointError(f"{path} is not a checkpoint of train.py (it holds no {', no '.join(sorted(missing))})")
+    if path.suffix == ".safetensors":
+        checkpoint = read_state(path)
+    else:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:  # from zip errors to refused pickles: one sentence serves for all
+            raise CheckpointError(f"{path} can't be read as a checkpoint: it is damaged or of another kind") from error
+    names = {str(name) for name in checkpoint} if isinstance(checkpoint, dict) else set()
+    if is_published(names):
+        return read_published(path, [path])
+    if missing := {"preset", "model", "data", "model_name", "revision"} - names:
+        raise CheckpointError(
+            f"{path} is neither a checkpoint of train.py (it holds no {', no '.join(sorted(missing))}) nor published "
+            f"RS2-SAM 2 weights (no names that begin with mm_extractor.beit3): foundation weights go to train.py"
+        )
     return checkpoint
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[RS2SAM2, dict]:
-    """The model of a checkpoint, in evaluation mode, and the checkpoint's dict. Nothing but the file is needed."""
-    checkpoint = read_checkpoint(path)
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", image_size: int | None = None):
+    """(the model of a checkpoint in evaluation mode, the checkpoint's dict). Nothing but the file or folder is needed."""
     try:
-        model = rebuild(checkpoint)
+        checkpoint = read_checkpoint(path)
+        model = rebuild(checkpoint, image_size)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:150]
         raise CheckpointError(

@@ -216,7 +216,7 @@ class ReferringDataset(torch.utils.data.Dataset):
     each sample is an item. A key is an index or a pair (index, epoch): with the seed it fixes all that is random, whatever
     the worker. An item is a dict; DataError if its files are broken:
 
-        id, phrase, kind, category   str
+        id, file, phrase, kind, category   str; file is the image's path
         image           uint8 (3, image_size, image_size)       RGB, aspect ratio not kept
         encoder_image   uint8 (3, encoder_size, encoder_size)   the same picture
         target          uint8 (image_size, image_size)          1 = foreground
@@ -259,7 +259,7 @@ class ReferringDataset(torch.utils.data.Dataset):
         elif i in self.marked:
             width = image.shape[1]
             black_squares(image, rng, 32, width, width)  # the published loader takes the width for the height too
-        return {"id": sample.id, "phrase": phrase, "kind": sample.kinds[j], "category": sample.category,
+        return {"id": sample.id, "file": sample.image, "phrase": phrase, "kind": sample.kinds[j], "category": sample.category,
                 "image": resize_image(image, self.image_size), "encoder_image": resize_image(image, self.encoder_size),
                 "target": resize_mask(mask, self.image_size), "mask": torch.from_numpy(mask)}
 
@@ -287,7 +287,7 @@ class Stream(torch.utils.data.Sampler):
 
 class Collate:
     """Items -> batch: image, encoder_image, target stacked; 'ids' int64 (B, L) and 'lengths' int64 (B,) as
-    tokenizer(phrases) gives them; lists of id, phrase, kind, category and mask, whose sizes may differ."""
+    tokenizer(phrases) gives them; lists of id, file, phrase, kind, category and mask, whose sizes may differ."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

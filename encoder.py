@@ -210,6 +210,7 @@ class BEiT3Encoder(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.width, self.grid, self.image_size, self.tokenizer = width, image_size // patch, image_size, tokenizer
+        self.context = text_positions - 2  # the most tokens of a phrase
         self.text_embed = nn.Embedding(vocabulary, width)
         self.vision_embed = nn.Module()
         self.vision_embed.cls_token = nn.Parameter(torch.zeros(1, 1, width))

@@ -32,6 +32,7 @@ from runs import default_workers, free_path
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 PROTOCOLS = ("ours", "paper")
+SIZES = {"small (below 1 %)": 0.01, "medium (1 to 10 %)": 0.1}  # shares of the image; what is above is large
 
 
 def iou_counts(prediction: np.ndarray, target: np.ndarray) -> tuple[int, int]:
@@ -66,6 +67,29 @@ def by_group(rows: list[dict], key: str, protocol: str) -> dict[str, dict[str, f
     return {group: summarise_rows([r for r in rows if r[key] == group], protocol) for group in groups}
 
 
+def size_name(share: float) -> str:
+    """The group of a target that covers this share of its image."""
+    if share == 0:
+        return "nothing there"
+    return next((name for name, limit in SIZES.items() if share < limit), "large (10 % and more)")
+
+
+def bootstrap(rows: list[dict], protocol: str, draws: int = 1000) -> dict[str, list[float]]:
+    """95 % intervals of mIoU and oIoU, {"mIoU interval": [low, high], ...}, in per cent.
+
+    Percentiles over `draws` sets of images, drawn with replacement: phrases for one image stand or fall together, so
+    whole images are drawn, not samples.
+    """
+    images = {file: number for number, file in enumerate(dict.fromkeys(row["file"] for row in rows))}
+    sums = np.zeros((len(images), 4))  # of each image's samples: IoU, number, intersection, union
+    for row in rows:
+        sums[images[row["file"]]] += (row["iou"], 1, row["intersection"], row["union"])
+    rng = np.random.default_rng(0)
+    drawn = np.stack([sums[rng.integers(len(sums), size=len(sums))].sum(0) for _ in range(draws)])
+    scores = {"mIoU": drawn[:, 0] / drawn[:, 1], "oIoU": sample_iou(drawn[:, 2], drawn[:, 3], protocol)}
+    return {f"{name} interval": [float(x) for x in np.percentile(100 * s, (2.5, 97.5))] for name, s in scores.items()}
+
+
 def masks_at(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """Mask logits (1, 1, h, w) -> bool (H, W) at `size`."""
     return (F.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0] > 0).cpu().numpy()
@@ -90,7 +114,8 @@ def autocast(device: torch.device):
 
 @torch.inference_mode()
 def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", forward=None) -> list[dict]:
-    """Run the model over a data set -> one row a sample: id, phrase, kind, category, intersection, union, iou.
+    """Run the model over a data set -> one row a sample: id, file, phrase, kind, category, intersection, union, iou, and
+    of the true mask its share of the image and the name of its size.
 
     The model is put into evaluation mode and back. `forward` is what is called instead of it (its compiled form).
     """
@@ -109,10 +134,12 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
         for i, logits in enumerate(output.logits.float().split(1)):
             target = batch["mask"][i] if protocol == "ours" else batch["target"][i]
             intersection, union = iou_counts(masks_at(logits, target.shape), target.cpu().numpy())
-            row = {key: batch[key][i] for key in ("id", "phrase", "kind", "category")}
-            rows.append(row | {"intersection": intersection, "union": union})
+            row = {key: batch[key][i] for key in ("id", "file", "phrase", "kind", "category")}
+            row |= {"intersection": intersection, "union": union, "share": float(target.float().mean())}
+            rows.append(row)
     for row in rows:
         row["iou"] = float(sample_iou(row["intersection"], row["union"], protocol))
+        row["size"] = size_name(row["share"])
     model.train(was_training)
     return rows
 
@@ -172,13 +199,20 @@ def best_median_worst(rows: list[dict], n: int) -> list[int]:
 
 
 def report(rows: list[dict], protocol: str) -> dict:
-    """Everything that is said of a run: {"scores", "by kind", "by category"}."""
-    groups = {f"by {key}": by_group(rows, key, protocol) for key in ("kind", "category")}
-    return {"scores": summarise_rows(rows, protocol)} | {k: v for k, v in groups.items() if v}
+    """Everything that is said of a run: {"scores", "by kind", "by size", "by category"}."""
+    groups = {f"by {key}": by_group(rows, key, protocol) for key in ("kind", "size", "category")}
+    scores = summarise_rows(rows, protocol) | bootstrap(rows, protocol)
+    return {"scores": scores} | {k: v for k, v in groups.items() if v}
 
 
 def print_report(result: dict) -> None:
-    print(table({"all": result["scores"]} | result.get("by kind", {}) | result.get("by category", {})))
+    rows = {"all": result["scores"]}
+    for group in ("by kind", "by size", "by category"):
+        rows |= result.get(group, {})
+    print(table(rows))
+    intervals = (f"{name} {low:.2f} to {high:.2f}" for name in ("mIoU", "oIoU")
+                 for low, high in [result["scores"][f"{name} interval"]])  # fmt: skip
+    print(f"95 % intervals (bootstrap over images): {', '.join(intervals)}")
 
 
 def main() -> None:
@@ -205,6 +239,8 @@ def evaluate(args: argparse.Namespace) -> None:
         raise DataError(f"{args.json} exists or has no folder: name another file, nothing is overwritten")
     model, checkpoint = load_checkpoint(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu")
     data = args.data or checkpoint["data"]
+    if data is None:
+        raise DataError(f"{args.ckpt} holds published weights, which name no data set: give it with --data")
     dataset = open_split(
         data, args.split, image_size=model.preset.image_size, encoder_size=model.union_encoder.image_size,
         skip_missing=args.skip_missing,

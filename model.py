@@ -26,7 +26,7 @@ from sam2.modeling.sam.prompt_encoder import PromptEncoder
 from sam2.modeling.sam.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
-from encoder import IMAGENET_MEAN, IMAGENET_STD, BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder
+from encoder import IMAGENET_MEAN, IMAGENET_STD, BEiT3Encoder, OpenCLIPEncoder
 from fusion import DecoderFusion, FusedHiera
 from prompt_gen import MaskPromptGenerator, SparsePrompt, dense_prompt
 from weights import open_clip_model
@@ -47,6 +47,7 @@ class Preset:
     encoder_args: dict  # of OpenCLIPEncoder or BEiT3Encoder
     encoder_name: str | dict = ""  # open_clip's model name, or the arguments of open_clip.CLIP
     encoder_tag: str | None = None  # open_clip's pretrained tag
+    encoder_size: int | None = None  # side of the open_clip model's images, where it is not the model's own
     image_size: int = 1024  # S, a multiple of 32
     trunk: dict = field(default_factory=dict)  # changes to the trunk of the YAML
     decoder: dict = field(default_factory=lambda: {"dim": 256, "heads": 8, "mlp": 2048})  # the sam2 package's own sizes
@@ -123,14 +124,25 @@ def build_image_encoder(preset: Preset) -> nn.Module:
     return encoder
 
 
+def build_union_encoder(preset: Preset) -> nn.Module:
+    """The preset's union encoder with random weights; BEiT-3's has no tokeniser yet."""
+    if preset.encoder == "beit3":
+        return BEiT3Encoder(**preset.encoder_args)
+    clip = open_clip_model(preset.encoder_name, preset.encoder_tag, preset.encoder_size)
+    # Words that start almost alike (open_clip's 0.02) are not told apart for thousands of samples.
+    nn.init.normal_(clip.token_embedding.weight, std=0.5)
+    nn.init.normal_(clip.positional_embedding, std=0.1)
+    return OpenCLIPEncoder(clip, **preset.encoder_args)
+
+
 class RS2SAM2(nn.Module):
-    """The whole model. Built with random weights, but for a `clip` that is given; `build` reads foundation ones into it.
+    """The whole model, with random weights but for a union encoder that is given. checkpoints.py fills it from files.
 
     forward(image (B, 3, S, S), encoder_image (B, 3, E, E), ids (B, L) int64, lengths (B,) int64) -> Output.
     Images are float and normalised (see `normalise`); ids and lengths come from `union_encoder.tokenizer`.
     """
 
-    def __init__(self, preset: Preset, clip: nn.Module | None = None, tokenizer: BEiT3Tokenizer | None = None):
+    def __init__(self, preset: Preset, union_encoder: nn.Module | None = None):
         super().__init__()
         if preset.image_size % 32:
             raise ValueError(f"the image size must be a multiple of 32 (SAM 2's first window), got {preset.image_size}")
@@ -138,15 +150,7 @@ class RS2SAM2(nn.Module):
         ours = preset.architecture == "ours"
         dim, heads = preset.decoder["dim"], preset.decoder["heads"]
 
-        if preset.encoder == "beit3":
-            self.union_encoder = BEiT3Encoder(**preset.encoder_args, tokenizer=tokenizer)
-        else:
-            if clip is None:
-                clip = open_clip_model(preset.encoder_name, preset.encoder_tag)
-                # Words that start almost alike (open_clip's 0.02) are not told apart for thousands of samples.
-                nn.init.normal_(clip.token_embedding.weight, std=0.5)
-                nn.init.normal_(clip.positional_embedding, std=0.1)
-            self.union_encoder = OpenCLIPEncoder(clip, **preset.encoder_args)
+        self.union_encoder = union_encoder or build_union_encoder(preset)
         width = self.union_encoder.width
 
         self.text_features = nn.Linear(width, dim)

@@ -3,6 +3,7 @@
     python train.py                                 tiny model, generated scenes, from scratch: minutes on two cores
     python train.py --data RRSIS-D --gpus 1         SAM 2.1-L + CLIP ViT-L-14 on real data under data/RRSIS-D
     python train.py --resume runs/scenes-tiny-1     go on with an interrupted run
+    python train.py --data DIR --init best.pt       fine-tune a checkpoint, of this program or the published one
 
 A run's folder holds best.pt (averaged weights, the best validation mIoU + oIoU), last.pt (all that --resume needs),
 log.jsonl (a line an epoch) and panels.png; ./best.pt is a link to the newest run's best.
@@ -231,6 +232,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         metavar="TAG|FILE",
         help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file",
     )
+    add("--encoder-size", type=partial(number, int, 1), help="side of its images (default: as it was trained)")
+    add("--init", metavar="CKPT", help="fine-tune from a checkpoint: of train.py, or the published one")
     args = parser.parse_args()
     checkpoint = None
     if args.resume:
@@ -250,6 +253,11 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k != "resume"})
         args = parser.parse_args()
         args.out = last.parent
+    elif args.init:
+        fixed = ("model", "from_scratch", "sam2", "encoder", "encoder_weights", "encoder_size")
+        if given := [key for key in fixed if getattr(args, key)]:
+            raise UsageError(f"--{given[0].replace('_', '-')} and --init exclude each other: the checkpoint fixes the network")
+        args.model = read_checkpoint(args.init)["model_name"]
     args.model = args.model or ("tiny" if Path(args.data).name == "scenes" else "large")
     recipe = RECIPES[args.model]
     args.batch_size = args.batch_size or recipe.batch_size
@@ -258,9 +266,11 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
 
 
 def new_model(args: argparse.Namespace) -> RS2SAM2:
+    if args.init:
+        return load_checkpoint(args.init, image_size=args.image_size)[0]
     return build(
         args.model, args.image_size, args.from_scratch, sam2_file=args.sam2, encoder=args.encoder,
-        encoder_weights=args.encoder_weights,
+        encoder_weights=args.encoder_weights, encoder_size=args.encoder_size,
     )  # fmt: skip
 
 

@@ -5,21 +5,41 @@ and this model does not use. SAM 2's own files name their parts as the published
 BEiT-3's: they take the same road. Files are read without running code: `torch.load(weights_only=True)` or safetensors.
 """
 
+import itertools
+import json
 import re
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import open_clip
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 class WeightsError(Exception):
     """Weights that can't be found, read or used. The message is one sentence for the user."""
 
 
+class Unfilled(TorchFunctionMode):
+    """Inside `with Unfilled():` new parameters get memory but no initial values: weights that are about to fill them all
+    follow. Drawing 700 million numbers for nothing takes minutes, and memory that is never written is never taken."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place and args and isinstance(args[0], nn.Parameter):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+WRAPPERS = r"^(module\.)?(evf_model\.)?"  # what training wrappers may have put before a published name
+
 # Published name -> ours. Every rule is applied, in this order.
 RENAMES = [
+    (WRAPPERS, ""),
     (r"^mm_extractor\.beit3\.", "union_encoder."),
     (r"^text_feat_linear\.", "text_features."),
     (r"^text2one_linear\.", "text_weight."),
@@ -62,23 +82,22 @@ def our_name(published: str) -> str:
 
 def is_unused(published: str, blocks: int) -> bool:
     """Whether a published key is one that this model, with so many trunk blocks, has no use for."""
+    published = re.sub(WRAPPERS, "", published)
     update = TEXT_UPDATE.search(published)
     return bool(UNUSED.match(published)) or (update is not None and int(update[1]) == blocks - 1)
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pt, .pth, .bin or .safetensors file, unwrapped from {"model": ...} or {"state_dict": ...}."""
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(
-            f"no weights file at {path}: give the path of an existing .pt, .pth, .bin or .safetensors file"
-        )
+def read_state(path: str | Path, mmap: bool = True) -> dict[str, Tensor]:
+    """The tensors of a .pt, .pth, .bin or .safetensors file, unwrapped from {"model": ...} or {"state_dict": ...}.
+
+    mmap: tensors stay in the file until they are read; without it they lie in memory, and each goes with its last name.
+    """
+    path = existing(path)
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:  # a dozen kinds, from zip errors to refused pickles: one sentence serves for all
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{path} can't be read as a file of weights alone ({reason}): download it again") from error
@@ -90,21 +109,41 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_named(model: nn.Module, state: dict[str, Tensor], source: str, required) -> None:
-    """Copy published-named tensors into the model.
+def one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a weights file with their names, so that memory holds no second copy of what has been taken."""
+    if path.suffix != ".safetensors":
+        state = read_state(path, mmap=False)
+        while state:
+            yield state.popitem()
+        return
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    for first in range(0, len(names), 64):  # opened anew now and then: what has been read stays mapped until it is closed
+        with safe_open(path, "pt") as file:
+            for name in names[first : first + 64]:
+                yield name, file.get_tensor(name)
 
-    required(our_key) -> bool says which of the model's entries the source has to fill. A missing, misshapen or unknown
-    key raises WeightsError naming it (`source` is for that message); nothing has been copied then.
+
+def load_named(
+    model: nn.Module, shapes: dict[str, torch.Size], tensors: Iterable[tuple[str, Tensor]], source: str,
+    required: Callable[[str], bool],
+) -> None:  # fmt: skip
+    """Copy published-named tensors into the model, whatever their floating-point type.
+
+    shapes: of all that `tensors` will give. required(our_key) says which of the model's entries the source has to fill. A
+    missing, misshapen or unknown key raises WeightsError naming it (`source` is for that message); nothing has been
+    copied then.
     """
     blocks = len(model.image_encoder.trunk.blocks)
     ours = model.state_dict(keep_vars=True)
-    renamed = {our_name(k): (k, v) for k, v in state.items() if not is_unused(k, blocks)}
-    unknown = [k for name, (k, _) in renamed.items() if name not in ours]
-    missing = [name for name in ours if required(name) and name not in renamed]
+    used = {name: our_name(name) for name in shapes if not is_unused(name, blocks)}
+    there = set(used.values())
+    unknown = [name for name, key in used.items() if key not in ours]
+    missing = [key for key in ours if required(key) and key not in there]
     misshapen = [
-        f"{k} is {tuple(v.shape)}, expected {tuple(ours[name].shape)}"
-        for name, (k, v) in renamed.items()
-        if name in ours and v.shape != ours[name].shape
+        f"{name} is {tuple(shapes[name])}, expected {tuple(ours[key].shape)}"
+        for name, key in used.items()
+        if key in ours and shapes[name] != ours[key].shape
     ]
     for what, names in (("lacks", missing), ("holds unknown keys:", unknown), ("has other sizes:", misshapen)):
         if names:
@@ -113,28 +152,72 @@ def load_named(model: nn.Module, state: dict[str, Tensor], source: str, required
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
             )
     with torch.no_grad():
-        for name, (_, tensor) in renamed.items():
-            ours[name].copy_(tensor)
+        for name, tensor in tensors:
+            if name in used:
+                ours[used[name]].copy_(tensor)
 
 
-def load_published(model: nn.Module, state: dict[str, Tensor], source: str = "the published checkpoint") -> None:
-    """Fill the whole model from a published RS2-SAM 2 state dict (preset `paper`, or a small model of its kind)."""
-    load_named(model, state, source, required=lambda name: True)
+def load_state(model: nn.Module, state: dict[str, Tensor], source: str, required: Callable[[str], bool]) -> None:
+    """`load_named` from a state dict."""
+    load_named(model, {name: tensor.shape for name, tensor in state.items()}, state.items(), source, required)
+
+
+def is_published(names: Iterable[str]) -> bool:
+    """Whether these are the keys of a published RS2-SAM 2 state dict."""
+    return any(re.sub(WRAPPERS, "", name).startswith("mm_extractor.beit3.") for name in names)
+
+
+def published_files(folder: Path) -> list[Path]:
+    """The weights in a folder as `save_pretrained` leaves it: one file or all shards; WeightsError if incomplete."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            if (folder / name).is_file():
+                return [folder / name]
+            continue
+        try:
+            shards = sorted({folder / Path(shard).name for shard in json.loads(index.read_text())["weight_map"].values()})
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise WeightsError(f"{index} is no index of shards (weight_map: names with files): download it again") from error
+        if absent := [shard.name for shard in shards if not shard.is_file()]:
+            raise WeightsError(f"{folder} lacks {', '.join(absent[:3])}, which {index.name} names: download them too")
+        return shards
+    inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise WeightsError(
+        f"{folder} holds {inside}: expected best.pt, or model.safetensors or pytorch_model.bin (also in shards)"
+    )
+
+
+def published_tokenizer(folder: Path) -> Path:
+    """The SentencePiece model among a published checkpoint's tokeniser files."""
+    for name in ("sentencepiece.bpe.model", "beit3.spm"):
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsError(
+        f"no tokeniser in {folder}: put sentencepiece.bpe.model, which comes with the checkpoint, or beit3.spm beside it"
+    )
+
+
+def load_published(model: nn.Module, files: list[Path]) -> None:
+    """Fill the whole model from a published RS2-SAM 2 checkpoint (preset `paper`, or a small model of its kind)."""
+    shapes = {}
+    for file in files:
+        shapes |= {name: tensor.shape for name, tensor in read_state(file).items()}
+    tensors = itertools.chain.from_iterable(map(one_by_one, files))
+    load_named(model, shapes, tensors, str(files[0].parent if len(files) > 1 else files[0]), required=lambda key: True)
 
 
 def load_sam2(model: nn.Module, path: str | Path) -> None:
     """Fill the SAM 2 part (trunk, neck, prompt encoder, mask decoder) from a SAM 2 or 2.1 file of the same size."""
     added = re.compile(r"adapter\.|^(union_encoder|text_|sparse_prompt|mask_prompt|decoder_fusion)")
-    load_named(
-        model, {f"visual_model.{k}": v for k, v in read_state(path).items()}, str(path),
-        required=lambda name: not added.search(name),
-    )  # fmt: skip
+    state = {f"visual_model.{k}": v for k, v in read_state(path).items()}
+    load_state(model, state, str(path), required=lambda key: not added.search(key))
 
 
 def load_beit3(model: nn.Module, path: str | Path) -> None:
     """Fill the union encoder from a BEiT-3 file such as beit3_large_patch16_224.pth; heads it may hold are left out."""
     state = {f"mm_extractor.{k}": v for k, v in read_state(path).items() if k.startswith("beit3.")}
-    load_named(model, state, str(path), required=lambda name: name.startswith("union_encoder."))
+    load_state(model, state, str(path), required=lambda key: key.startswith("union_encoder."))
 
 
 def beit3_tokenizer_file(weights: str | None) -> Path:
@@ -176,8 +259,10 @@ def find_sam2(config: str) -> Path:
     raise WeightsError(f"no weights are published for {config}")
 
 
-def open_clip_model(model: str | dict, tag: str | None = None) -> nn.Module:
+def open_clip_model(model: str | dict, tag: str | None = None, image_size: int | None = None) -> nn.Module:
     """A CLIP of open_clip with random weights: by name, or from a dict of open_clip.CLIP's own arguments.
+
+    image_size: side of its images, a multiple of its patches, instead of the one it was trained with.
 
     The pretrained tag decides image normalisation and activation (OpenAI's weights use QuickGELU). Only names whose towers
     are open_clip's own ViT and text transformer with its byte-pair tokeniser are accepted (about 32); WeightsError else.
@@ -196,6 +281,12 @@ def open_clip_model(model: str | dict, tag: str | None = None) -> nn.Module:
             f"open_clip's {model} is not made of its own ViT and text transformer with the byte-pair tokeniser: choose a "
             f"plain one such as ViT-B-32, ViT-B-16 or ViT-L-14"
         )
+    if image_size:
+        if image_size % vision["patch_size"]:
+            raise WeightsError(
+                f"union encoder at {image_size} pixels: {model} needs a multiple of its patches of {vision['patch_size']}"
+            )
+        config["vision_cfg"] = vision | {"image_size": image_size}
     pretrained = open_clip.get_pretrained_cfg(model, tag) if tag else {}
     clip = open_clip.CLIP(**{**config, "quick_gelu": pretrained.get("quick_gelu", config.get("quick_gelu", False))})
     if "mean" in pretrained:

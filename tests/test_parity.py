@@ -24,7 +24,7 @@ from evaluate import iou_counts, summarise
 from fusion import BidirectionalAdapter, Bottleneck, DecoderFusion, FusedBlock, FusedHiera
 from model import RS2SAM2, Preset, dense_prompt
 from prompt_gen import MaskPromptGenerator
-from weights import is_unused, load_published, our_name
+from weights import is_unused, load_state, our_name
 
 HERE = Path(__file__).parent
 FIXTURES = Path(os.environ["FIXTURES"]) if os.environ.get("FIXTURES") else None
@@ -240,13 +240,16 @@ TRUNK = {
 }  # fmt: skip
 
 
-def published_model(config: dict, weights: dict) -> RS2SAM2:
-    preset = Preset(
+def published_preset(config: dict) -> Preset:
+    return Preset(
         architecture="published", sam2="sam2/sam2_hiera_l.yaml", trunk=TRUNK, encoder="beit3",
         encoder_args=beit3_args(config["beit_kwargs"]), image_size=config["sam_image_size"],
     )  # fmt: skip
-    model = RS2SAM2(preset)
-    load_published(model, weights)
+
+
+def published_model(config: dict, weights: dict) -> RS2SAM2:
+    model = RS2SAM2(published_preset(config))
+    load_state(model, weights, "the fixture", required=lambda key: True)
     return model.eval().requires_grad_(True)
 
 
@@ -392,6 +395,11 @@ def draw(seed: int, key: str, shape, scale=1.0, shift=0.0) -> torch.Tensor:
     return torch.from_numpy((shift + scale * rng.standard_normal(tuple(shape))).astype(np.float32))
 
 
+def compact_weights(tensors: dict, config: dict) -> dict[str, torch.Tensor]:
+    drawn = {k: draw(config["seed"], k, shape, scale, shift) for k, shape, scale, shift in config["weights"]}
+    return drawn | part(tensors, "w/")
+
+
 def strided(key: str, x: torch.Tensor) -> torch.Tensor:
     """The slice of an intermediate that a compact fixture holds."""
     if not key.endswith("__sub"):
@@ -405,8 +413,7 @@ def strided(key: str, x: torch.Tensor) -> torch.Tensor:
 def test_whole_model_compact(path):
     tensors, config = read(path)
     seed, B, S, E = config["seed"], config["batch"], config["sam_image_size"], config["evf_image_size"]
-    weights = {k: draw(seed, k, shape, scale, shift) for k, shape, scale, shift in config["weights"]}
-    model = published_model(config, weights | part(tensors, "w/"))
+    model = published_model(config, compact_weights(tensors, config))
     image, image_evf = draw(seed, "in/image", (B, 3, S, S)), draw(seed, "in/image_evf", (B, 3, E, E))
     ids = tensors["in/input_ids"]
     lengths = lengths_of(ids)

@@ -129,6 +129,26 @@ def test_iou_by_hand():
     assert evaluate.summarise([1, 9, 0], [3, 10, 0], "paper")["mIoU"] == pytest.approx(100 * (1 / 3 + 0.9) / 3)
 
 
+def test_intervals_are_the_bootstrap_s():
+    """Two images, one all right and one all wrong: a draw of two has none, one or both right, with 1/4, 1/2, 1/4."""
+    def row(file, iou):
+        return {"file": file, "iou": iou, "intersection": 50 * iou, "union": 100}
+
+    rows = [row("a", 1.0), row("a", 1.0), row("b", 0.0), row("b", 0.0)]
+    assert evaluate.bootstrap(rows, "ours") == {"mIoU interval": [0.0, 100.0], "oIoU interval": [0.0, 50.0]}
+    # 400 images, half right: the interval is that of a mean of 400 coins, 50 +- 1.96 * 2.5
+    rows = [row(str(i), float(i % 2)) for i in range(400)]
+    low, high = evaluate.bootstrap(rows, "ours")["mIoU interval"]
+    assert low == pytest.approx(45.1, abs=0.8) and high == pytest.approx(54.9, abs=0.8)
+    same = [row("one", 0.3), row("one", 0.5)]  # one image: nothing varies
+    assert evaluate.bootstrap(same, "ours")["mIoU interval"] == pytest.approx([40, 40])
+
+
+def test_rows_by_size_of_the_target():
+    names = [evaluate.size_name(share) for share in (0, 0.0099, 0.01, 0.0999, 0.1, 1)]
+    assert [name.split()[0] for name in names] == ["nothing", "small", "medium", "medium", "large", "large"]
+
+
 def test_best_median_worst_covers_both_ends():
     rows = [{"iou": i / 10} for i in range(10)]
     assert evaluate.best_median_worst(rows, 5) == [9, 8, 5, 4, 0]
@@ -167,6 +187,9 @@ def test_evaluation_needs_the_checkpoint_alone(finished):
     rows = result["rows"]
     assert result["scores"]["samples"] == len(rows) and set(rows[0]) >= {"id", "phrase", "intersection", "union", "iou"}
     assert result["scores"]["mIoU"] == pytest.approx(100 * np.mean([r["iou"] for r in rows]))
+    low, high = result["scores"]["mIoU interval"]
+    assert low <= result["scores"]["mIoU"] <= high and "95 % intervals" in printed
+    assert sum(group["samples"] for group in result["by size"].values()) == len(rows)
     assert "exists" in run("evaluate.py", "--json", "s.json", cwd=cwd, code=2)  # nothing is overwritten
     run("evaluate.py", "--protocol", "paper", "--split", "val", cwd=cwd)
 

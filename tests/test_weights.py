@@ -12,7 +12,7 @@ from sam2.build_sam import build_sam2
 from test_model import SMALL_BEIT3, OnMeta
 
 import weights
-from encoder import BEiT3Tokenizer
+from encoder import BEiT3Tokenizer, OpenCLIPEncoder
 from model import PRESETS, RS2SAM2
 from weights import WeightsError, find_open_clip, load_beit3, load_open_clip, load_sam2, open_clip_model
 
@@ -135,12 +135,9 @@ def small_clip(tmp_path_factory):
 
 def test_the_towers_are_open_clip_s(small_clip):
     theirs, path = small_clip
-    chosen = dataclasses.replace(
-        PRESETS["tiny"], encoder_name="small-clip", encoder_args={"width": 48, "joint_layers": 1, "joint_heads": 4}
-    )
     clip = open_clip_model("small-clip")
     load_open_clip(clip, "small-clip", find_open_clip("small-clip", str(path)))
-    encoder = RS2SAM2(chosen, clip=clip).eval().union_encoder
+    encoder = OpenCLIPEncoder(clip, width=48, joint_layers=1, joint_heads=4).eval()
     phrases = ["The ship on the upper left", "a windmill"]
     ids, lengths = encoder.tokenizer(phrases)
     full = open_clip.get_tokenizer("small-clip")(phrases)
