@@ -87,17 +87,16 @@ def is_unused(published: str, blocks: int) -> bool:
     return bool(UNUSED.match(published)) or (update is not None and int(update[1]) == blocks - 1)
 
 
-def read_state(path: str | Path, mmap: bool = True) -> dict[str, Tensor]:
+def read_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pt, .pth, .bin or .safetensors file, unwrapped from {"model": ...} or {"state_dict": ...}.
 
-    mmap: tensors stay in the file until they are read; without it they lie in memory, and each goes with its last name.
-    """
+    They stay in the file until they are used (but for the oldest kind of .pt, which is not a zip file)."""
     path = existing(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a dozen kinds, from zip errors to refused pickles: one sentence serves for all
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{path} can't be read as a file of weights alone ({reason}): download it again") from error
@@ -110,18 +109,14 @@ def read_state(path: str | Path, mmap: bool = True) -> dict[str, Tensor]:
 
 
 def one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a weights file with their names, so that memory holds no second copy of what has been taken."""
-    if path.suffix != ".safetensors":
-        state = read_state(path, mmap=False)
-        while state:
-            yield state.popitem()
-        return
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-    for first in range(0, len(names), 64):  # opened anew now and then: what has been read stays mapped until it is closed
-        with safe_open(path, "pt") as file:
-            for name in names[first : first + 64]:
-                yield name, file.get_tensor(name)
+    """The tensors of a weights file with their names, such that memory holds few of them at a time."""
+    names = list(read_state(path))
+    mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+    step = 32 if mapped else len(names)
+    for first in range(0, len(names), step):
+        state = read_state(path)  # opened anew: what has been read stays in memory until the file is closed
+        for name in names[first : first + step]:
+            yield name, state.pop(name)
 
 
 def load_named(

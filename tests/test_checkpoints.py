@@ -3,22 +3,29 @@ compact fixtures), fine-tuning from it and from our own, and files that are some
 
 import dataclasses
 import json
+import math
 import pickle
+import re
+import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import save_file
+from test_model import OnMeta
 from test_parity import HERE, compact_weights, published_model, published_preset, read
-from test_train import run, scenes  # noqa: F401 (a fixture)
+from test_train import ROOT, run, scenes  # noqa: F401 (a fixture)
 
 import checkpoints
 import evaluate
 import train
 from checkpoints import CheckpointError, load_checkpoint
-from model import PRESETS
+from model import PRESETS, RS2SAM2
+from weights import our_name
 
 UNUSED = {  # what the published file holds besides
     "visual_model.memory_attention.layers.0.norm1.weight": torch.zeros(4),
@@ -212,3 +219,73 @@ def test_presets_are_the_data_class_s():
     """What rebuild and a stored checkpoint rely on: a preset survives the way through plain types."""
     for preset in PRESETS.values():
         assert checkpoints.Preset(**dataclasses.asdict(preset)) == preset
+
+
+PUBLISHED_NAMES = [  # our name -> the published one, written down apart from weights.RENAMES, which it is checked against
+    (r"^union_encoder\.", "mm_extractor.beit3."),
+    (r"^text_features\.", "text_feat_linear."),
+    (r"^text_weight\.", "text2one_linear."),
+    (r"^sparse_prompt\.hidden\.", "text_hidden_fcs.0.0."),
+    (r"^sparse_prompt\.out\.", "text_hidden_fcs.0.2."),
+    (r"^mask_prompt\.attention\.", "vmtoken.multihead_attn."),
+    (r"^mask_prompt\.token\.", "mask_linear."),
+    (r"^mask_prompt\.score\.", "mask_product."),
+    (r"^neck\.", "visual_model.image_encoder.neck."),
+    (r"^prompt_encoder\.", "visual_model.sam_prompt_encoder."),
+    (r"^decoder_fusion\.attention\.", "visual_model.sam_mask_decoder.vlfusion_module.multihead_attn."),
+    (r"^mask_decoder\.", "visual_model.sam_mask_decoder."),
+    (r"^image_encoder\.", "visual_model.image_encoder."),
+    (r"^no_mem_embed$", "visual_model.no_mem_embed"),
+    (r"(blocks\.\d+)\.block\.", r"\1."),
+    (r"\.mlp_adapter\.", ".MLP_Adapter."),
+    (r"\.space_adapter\.", ".Space_Adapter."),
+    (r"(Adapter)\.down\.", r"\1.D_fc1."),
+    (r"(Adapter)\.up\.", r"\1.D_fc2."),
+    (r"\.text_down\.", ".text_in_linear."),
+    (r"\.text_up\.", ".text_out_linear."),
+    (r"\.vision_reads_text\.", ".vlfusion_module.multihead_attn."),
+    (r"\.text_reads_vision\.", ".lvfusion_module.multihead_attn."),
+]
+
+
+def published_name(ours: str) -> str:
+    for pattern, replacement in PUBLISHED_NAMES:
+        ours = re.sub(pattern, replacement, ours)
+    return ours
+
+
+PEAK = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_a_full_size_checkpoint_is_never_in_memory_twice(published, tmp_path, form, monkeypatch):
+    """926 million random bfloat16 weights in a folder, scored on one image at 1024 by the command line: the peak of
+    memory stays below 1.3 times the float32 model."""
+    monkeypatch.undo()  # the real preset
+    with OnMeta(torch.device("meta")):
+        ours = RS2SAM2(PRESETS["paper"]).state_dict()
+    names = {published_name(key): value.shape for key, value in ours.items()}
+    assert [our_name(name) for name in names] == list(ours)
+    torch.manual_seed(0)
+    state = {name: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.03, 0.03) for name, shape in names.items()}
+    path = save_pretrained(tmp_path / "published", state, form)
+    del state
+    (path / "sentencepiece.bpe.model").write_bytes(published[2])
+    for folder in ("images", "masks"):
+        (tmp_path / "one" / folder).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "one" / folder / "a.png"), np.full((800, 800), 200, np.uint8))
+    (tmp_path / "one" / "phrases.csv").write_text("image,mask,phrase,split\na.png,a.png,the ship on the left,test\n")
+    args = ["--ckpt", path, "--data", tmp_path / "one", "--protocol", "paper"]
+    command = [sys.executable, "-c", PEAK, sys.executable, ROOT / "evaluate.py", *args]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"all( +\d+\.\d\d){7} +1\n", done.stdout), done.stdout
+    peak, model = int(done.stdout.rpartition("peak ")[2]) * 1024, 4 * sum(map(math.prod, names.values()))
+    print(f"{form}: peak {peak / 2**30:.2f} GiB, {peak / model:.2f} times the float32 model")
+    assert peak < 1.3 * model
