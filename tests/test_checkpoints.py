@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from test_model import OnMeta
 from test_parity import HERE, compact_weights, published_model, published_preset, read
 from test_train import ROOT, run, scenes  # noqa: F401 (a fixture)
+from test_weights import Evil
 
 import checkpoints
 import evaluate
@@ -144,14 +145,6 @@ def test_fine_tuning_from_our_own_at_another_size(scenes, tmp_path):  # noqa: F8
     assert differs  # the best weights were taken, not the last
     printed = run("train.py", *small, "--init", "best.pt", "--encoder", "ViT-B-32", cwd=tmp_path, code=2)
     assert "--encoder and --init exclude each other" in printed
-
-
-class Evil:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (open, (str(self.marker), "w"))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sam2.build_sam import build_sam2
 from test_model import SMALL_BEIT3, OnMeta
 
 import weights
+from checkpoints import build, rebuild
 from encoder import BEiT3Tokenizer, OpenCLIPEncoder
 from model import PRESETS, RS2SAM2
 from weights import WeightsError, find_open_clip, load_beit3, load_open_clip, load_sam2, open_clip_model
@@ -99,12 +100,18 @@ def test_a_sam2_file_that_does_not_fit_is_named(sam2_tiny, tmp_path, damage):
     assert torch.equal(before, model.no_mem_embed)  # nothing was copied
 
 
-def test_files_that_are_no_weights(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "marker"), "w"))
+class Evil:
+    """Unpickled, it would write the marker."""
 
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"model": Evil()}))
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
+
+def test_files_that_are_no_weights(tmp_path):
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"model": Evil(tmp_path / "marker")}))
     torch.save({"model": {"x": 1}}, tmp_path / "numbers.pt")
     (tmp_path / "noise.safetensors").write_bytes(b"\xff" * 100)
     for name in ("evil.pt", "numbers.pt", "noise.safetensors", "absent.pt"):
@@ -152,6 +159,52 @@ def test_the_towers_are_open_clip_s(small_clip):
     assert encoder.tokenizer([" ".join(["ship"] * 100)])[0][0, -1] == encoder.tokenizer.bpe.eot_token_id
 
 
+@pytest.mark.parametrize("form", ["plain", "half", "module", "state_dict"])
+def test_open_clip_files_as_they_are_published(small_clip, tmp_path, form):
+    """RemoteCLIP's and GeoRSCLIP's files are state dicts of open_clip models; others wrap them once or twice."""
+    theirs, _ = small_clip
+    state = theirs.state_dict()
+    if form == "half":
+        state = {k: v.half() for k, v in state.items()}
+    if form in ("module", "state_dict"):
+        state = {f"module.{k}": v for k, v in state.items()}
+    torch.save({"state_dict": state, "epoch": 5} if form == "state_dict" else state, tmp_path / "RemoteCLIP.pt")
+    clip = open_clip_model("small-clip")
+    load_open_clip(clip, "small-clip", tmp_path / "RemoteCLIP.pt")
+    for (name, ours), expected in zip(clip.state_dict().items(), theirs.state_dict().values()):
+        torch.testing.assert_close(ours, expected.half().float() if form == "half" else expected, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14", "ViT-B-32-quickgelu", "ViT-L-14-336", "ViT-H-14"])
+def test_the_remote_sensing_clips_are_accepted_at_full_size(name):
+    """Their files hold the keys of open_clip's own model of that name."""
+    with OnMeta(torch.device("meta")):
+        ours, theirs = open_clip_model(name), open_clip.create_model(name, load_weights=False, device="meta")
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_another_resolution_interpolates_the_position_table(small_clip, sam2_tiny, monkeypatch):
+    theirs, path = small_clip
+    monkeypatch.setitem(PRESETS, "base", preset("sam2.1/sam2.1_hiera_t.yaml"))
+    model = build("base", sam2_file=sam2_tiny[1], encoder="small-clip", encoder_weights=path, encoder_size=64)
+    encoder = model.union_encoder
+    assert (encoder.image_size, encoder.grid) == (64, 8)
+    reference = open_clip.create_model("small-clip", pretrained=str(path), force_image_size=64)
+    table = encoder.visual.positional_embedding
+    assert table.shape == (1 + 64, 32) and torch.equal(table, reference.visual.positional_embedding)
+    assert torch.equal(table[0], theirs.visual.positional_embedding[0])  # the class token's
+    assert torch.equal(encoder.visual.conv1.weight, theirs.visual.conv1.weight)
+    assert torch.equal(model.no_mem_embed, sam2_tiny[0].no_mem_embed)
+    for name, p in model.named_parameters():  # what no file holds was drawn at random all the same
+        assert p.isfinite().all() and ("weight" not in name or p.dim() < 2 or p.std() > 0), name
+    again = rebuild({"preset": dataclasses.asdict(model.preset), "model": model.state_dict()})
+    assert again.union_encoder.image_size == 64
+    with pytest.raises(WeightsError, match="--encoder-size|patches of 8"):
+        build("base", sam2_file=sam2_tiny[1], encoder="small-clip", encoder_weights=path, encoder_size=60)
+    with pytest.raises(WeightsError, match="--encoder-size 64: preset tiny has a union encoder of its own"):
+        build("tiny", encoder_size=64)
+
+
 def test_what_is_not_a_plain_vit_is_refused_in_one_sentence():
     accepted = []
     for name in open_clip.list_models():
@@ -183,6 +236,10 @@ def test_open_clip_s_errors(small_clip, tmp_path):
     torch.save({"wrong": torch.zeros(1)}, tmp_path / "wrong.pt")
     with pytest.raises(WeightsError, match="not a checkpoint of open_clip's small-clip"):
         load_open_clip(clip, "small-clip", str(tmp_path / "wrong.pt"))
+    torch.save({"visual.proj": Evil(tmp_path / "marker")}, tmp_path / "evil.pt")
+    with pytest.raises(WeightsError, match="not a checkpoint of open_clip's small-clip"):
+        load_open_clip(clip, "small-clip", tmp_path / "evil.pt")
+    assert not (tmp_path / "marker").exists()
 
 
 # ---- BEiT-3 --------------------------------------------------------------------------------------------------------------
