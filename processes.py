@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -47,6 +48,10 @@ def process_group():
     # Gradients go by NCCL where there are cards; Python objects always by gloo, which can wait for a long download.
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    if rank():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all; rank 0 has the word
+    if dist.is_torchelastic_launched():
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
         try:
             yield
@@ -57,6 +62,13 @@ def process_group():
             time.sleep(5 if rank() else 2)
             raise
     dist.destroy_process_group()
+
+
+def end_with(launcher: int) -> None:
+    """End this process when its launcher was killed: nobody else would then end it."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def gather(value) -> list:
@@ -95,6 +107,7 @@ def launch(processes: int, command: list[str]) -> None:
         )  # fmt: skip
         try:
             elastic_launch(config, sys.executable)(*command)
+            return
         except SignalException as stop:
             sys.exit(128 + stop.sigval)
         except ChildFailedError as error:

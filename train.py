@@ -53,7 +53,7 @@ class Trainer:
         self.model = model.to(device)
         self.forward = self.synced = torch.compile(self.model) if device.type == "cuda" else self.model
         if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
-            self.synced = DistributedDataParallel(self.forward, broadcast_buffers=False)
+            self.synced = DistributedDataParallel(self.forward)
         groups = parameter_groups(model, args.lr, recipe.foundation_rate)
         self.trained = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
