@@ -11,6 +11,7 @@ import random
 import re
 import sys
 import textwrap
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -290,6 +291,20 @@ class Stream(torch.utils.data.Sampler):
             first = number * self.size
             for n in range(max(self.start, first), min(self.stop, first + self.size)):
                 yield int(order[n - first]), number
+
+
+class Timed:
+    """A loader, and in `seconds` how long its user has waited for it so far, the start of its workers included."""
+
+    def __init__(self, loader):
+        self.loader, self.seconds = loader, 0.0
+
+    def __iter__(self):
+        asked = time.perf_counter()
+        for batch in self.loader:
+            self.seconds += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
 
 class Collate:

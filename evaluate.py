@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt best.pt                                  the data set it was trained on, split test
     python evaluate.py --ckpt best.pt --data RRSIS-D --split val --json scores.json
+    torchrun --nproc-per-node 8 evaluate.py --ckpt best.pt             on 8 cards, with the same result
 
 A sample is one (object, phrase) pair. IoU = I / U of its mask, mIoU their mean, oIoU = sum I / sum U, Pr@X the share of
 samples with IoU >= X; all times 100. The protocols:
@@ -28,7 +29,8 @@ from tqdm import tqdm
 from checkpoints import CheckpointError, load_checkpoint
 from data import Collate, open_dataset
 from layouts import DataError, NoSamples
-from runs import default_workers, free_path
+from processes import gather, process_group, rank, rank_0_first, world_size
+from runs import UsageError, default_workers, free_path, pick_device
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 PROTOCOLS = ("ours", "paper")
@@ -118,15 +120,18 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
     of the true mask its share of the image and the name of its size.
 
     The model is put into evaluation mode and back. `forward` is what is called instead of it (its compiled form).
+    Several processes take whole batches in turn, the same ones whatever their number, and each returns all rows.
     """
     device = next(model.parameters()).device
+    size = len(dataset)
+    batches = [range(i, min(i + batch_size, size)) for i in range(0, size, batch_size)][rank() :: world_size()]
     loader = DataLoader(
-        dataset, batch_size, num_workers=workers, collate_fn=Collate(model.union_encoder.tokenizer),
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=Collate(model.union_encoder.tokenizer),
         pin_memory=device.type == "cuda",
     )  # fmt: skip
-    rows, was_training = [], model.training
+    rows, was_training = {}, model.training
     model.eval()
-    for batch in tqdm(loader, title, leave=False, disable=None):
+    for indices, batch in zip(batches, tqdm(loader, title, leave=False, disable=rank() > 0 or None)):
         batch = to_device(batch, device)
         images = model.normalise(batch["image"], batch["encoder_image"])
         with autocast(device) if protocol == "ours" else contextlib.nullcontext():
@@ -134,14 +139,13 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
         for i, logits in enumerate(output.logits.float().split(1)):
             target = batch["mask"][i] if protocol == "ours" else batch["target"][i]
             intersection, union = iou_counts(masks_at(logits, target.shape), target.cpu().numpy())
+            iou, share = float(sample_iou(intersection, union, protocol)), float(target.float().mean())
             row = {key: batch[key][i] for key in ("id", "file", "phrase", "kind", "category")}
-            row |= {"intersection": intersection, "union": union, "share": float(target.float().mean())}
-            rows.append(row)
-    for row in rows:
-        row["iou"] = float(sample_iou(row["intersection"], row["union"], protocol))
-        row["size"] = size_name(row["share"])
+            row |= {"intersection": intersection, "union": union, "iou": iou, "share": share, "size": size_name(share)}
+            rows[indices[i]] = row
     model.train(was_training)
-    return rows
+    rows = {index: row for part in gather(rows) for index, row in part.items()}
+    return [rows[index] for index in range(size)]
 
 
 def table(scores: dict[str, dict[str, float]]) -> str:
@@ -227,8 +231,9 @@ def main() -> None:
     add("--skip-missing", action="store_true", help="leave out samples whose files are missing")
     args = parser.parse_args()
     try:
-        evaluate(args)
-    except (DataError, CheckpointError) as error:
+        with process_group():
+            evaluate(args)
+    except (UsageError, DataError, CheckpointError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -237,15 +242,18 @@ def evaluate(args: argparse.Namespace) -> None:
     """What the command line asks for: scores on the screen, and in files where wanted."""
     if args.json and (args.json.exists() or not args.json.parent.is_dir()):
         raise DataError(f"{args.json} exists or has no folder: name another file, nothing is overwritten")
-    model, checkpoint = load_checkpoint(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu")
-    data = args.data or checkpoint["data"]
-    if data is None:
-        raise DataError(f"{args.ckpt} holds published weights, which name no data set: give it with --data")
-    dataset = open_split(
-        data, args.split, image_size=model.preset.image_size, encoder_size=model.union_encoder.image_size,
-        skip_missing=args.skip_missing,
-    )  # fmt: skip
+    with rank_0_first():
+        model, checkpoint = load_checkpoint(args.ckpt, pick_device(None))
+        data = args.data or checkpoint["data"]
+        if data is None:
+            raise DataError(f"{args.ckpt} holds published weights, which name no data set: give it with --data")
+        dataset = open_split(
+            data, args.split, image_size=model.preset.image_size, encoder_size=model.union_encoder.image_size,
+            skip_missing=args.skip_missing,
+        )  # fmt: skip
     rows = score(model, dataset, args.protocol, workers=default_workers())
+    if rank():
+        return
     result = report(rows, args.protocol)
     print(f"{args.ckpt} on {data}, split {dataset.split}, protocol {args.protocol}")
     print_report(result)

@@ -74,14 +74,16 @@ def total_loss(output, target: Tensor, ce=1.0, dice_weight=0.1, boundary_weight=
     """The weighted sum over a batch and its terms, each a scalar: {"loss", "ce", "dice", "boundary"[, "pseudo"]}.
 
     output is a `model.Output`, target (B, H, W) of 0 and 1; the logits are brought to the target's size (bilinear) and
-    to float32 first. Default coefficients: the paper's (its released code uses 0.9, 0.1, 0.2).
+    to float32 at least first. Default coefficients: the paper's (its released code uses 0.9, 0.1, 0.2).
     """
-    z = F.interpolate(output.logits.float(), target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]  # (B, H, W)
+    dtype = torch.promote_types(output.logits.dtype, torch.float32)
+    logits, pseudo_mask, log_weight = (x.to(dtype) for x in output)  # (B, 1, h, w), (B, 1, g, g), (B,)
+    z = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]  # (B, H, W)
     terms = {
         "ce": ce * cross_entropy(z, target).mean(),
         "dice": dice_weight * dice(z, target).mean(),
-        "boundary": boundary_weight * boundary(z, target, output.log_weight.float()).mean(),
+        "boundary": boundary_weight * boundary(z, target, log_weight).mean(),
     }
     if pseudo:
-        terms["pseudo"] = pseudo * pseudo_mask_loss(output.pseudo_mask.float(), target).mean()
+        terms["pseudo"] = pseudo * pseudo_mask_loss(pseudo_mask, target).mean()
     return {"loss": sum(terms.values()), **terms}

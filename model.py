@@ -242,7 +242,7 @@ class RS2SAM2(nn.Module):
         The arguments are those of `forward` under the same names."""
         with torch.autocast(embedding.device.type, enabled=False):  # angles up to 2 pi * 4 need float32
             place = self.prompt_encoder.get_dense_pe()  # (1, C, s, s)
-        embedding = embedding + self.no_mem_embed.mT[..., None]  # (B, C, s, s)
+        embedding = embedding + self.no_mem_embed.view(1, -1, 1, 1)  # (B, C, s, s)
         embedding = self.decoder_fusion(embedding, place, T, text_mask)  # (B, C, s, s)
         prompt = pseudo_mask if self.preset.architecture == "ours" else pseudo_mask.sigmoid()  # (B, 1, g, g)
         prompt = dense_prompt(prompt, 4 * embedding.shape[-1])  # (B, 1, 4s, 4s)

@@ -60,18 +60,21 @@ def free_path(path: Path) -> Path:
 
 
 def pick_device(gpus: int | None) -> torch.device:
+    """The CPU for --gpus 0, else a CUDA card: under torchrun one for each of its processes, whatever --gpus says."""
     there = torch.cuda.device_count()
     gpus = min(there, 1) if gpus is None else gpus
+    if not gpus:
+        return torch.device("cpu")
+    gpus = int(os.environ.get("LOCAL_WORLD_SIZE", gpus))
     if gpus > there:
         raise UsageError(f"--gpus {gpus}: this machine has {there} CUDA card{'s' * (there != 1)}; use --gpus {there}")
-    if gpus > 1:
-        raise UsageError(f"--gpus {gpus}: training runs on one card or on the CPU; use --gpus 1")
-    return torch.device("cuda" if gpus else "cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def default_workers() -> int:
-    """Processes that load data: half the cores, at most 8."""
-    return min(8, (os.cpu_count() or 2) // 2)
+    """Processes that load data, for each one that trains on this machine: half its cores, at most 8."""
+    return min(8, (os.cpu_count() or 2) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def number(kind: type, least: float, text: str):

@@ -2,6 +2,7 @@
 
     python train.py                                 tiny model, generated scenes, from scratch: minutes on two cores
     python train.py --data RRSIS-D --gpus 1         SAM 2.1-L + CLIP ViT-L-14 on real data under data/RRSIS-D
+    python train.py --data RRSIS-D --gpus 8         the same computation on 8 cards; on several machines, with torchrun
     python train.py --resume runs/scenes-tiny-1     go on with an interrupted run
     python train.py --data DIR --init best.pt       fine-tune a checkpoint, of this program or the published one
 
@@ -10,6 +11,7 @@ log.jsonl (a line an epoch) and panels.png; ./best.pt is a link to the newest ru
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -18,16 +20,20 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import CheckpointError, build, load_checkpoint, read_checkpoint, rebuild
-from data import Collate, Stream, open_dataset
+from data import Collate, Stream, Timed, open_dataset
 from evaluate import autocast, best_median_worst, compute_dtype, print_report, report, score, to_device, write_panels
 from layouts import DataError
 from losses import total_loss
 from model import PRESETS, RS2SAM2, count_parameters
+from processes import Shares, gather, launch, launched, process_group, rank, rank_0_first, share, world_size
 from recipe import RECIPES, Average, Recipe, parameter_groups, rate_factor
 from runs import UsageError, default_workers, free_run, link_best, number, pick_device, revision, write_checkpoint
 from scenes import make_scenes
@@ -46,7 +52,9 @@ class Trainer:
         for dataset in (train_set, val_set):
             dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
         self.model = model.to(device)
-        self.forward = torch.compile(self.model) if device.type == "cuda" else self.model
+        self.forward = self.synced = torch.compile(self.model) if device.type == "cuda" else self.model
+        if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
+            self.synced = DistributedDataParallel(self.forward)
         groups = parameter_groups(model, args.lr, recipe.foundation_rate)
         self.trained = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
@@ -72,6 +80,8 @@ class Trainer:
         }  # fmt: skip
 
     def save_last(self, metrics: dict) -> None:
+        if rank():
+            return
         state = {
             "average": self.average.mean, "average_steps": self.average.steps, "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "samples": self.samples, "best": self.best,
@@ -90,41 +100,58 @@ class Trainer:
             self.average.mean[k].copy_(v)
         self.average.steps, self.samples, self.best = state["average_steps"], state["samples"], state["best"]
 
-    def step(self, batch: dict) -> dict[str, float]:
-        """One optimiser step -> the loss and its terms."""
+    def step(self, batch: dict, count: int) -> dict[str, float]:
+        """One optimiser step -> the loss and its terms. `batch` is this process's share of `count` samples."""
         factor = rate_factor(
             self.recipe.schedule, self.samples / self.total_samples, self.samples // self.epoch_samples
         )
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * max(factor, 1e-3)
-        ids, batch = batch["id"], to_device(batch, self.device)
-        images = self.model.normalise(batch["image"], batch["encoder_image"])
-        with autocast(self.device):
-            output = self.forward(*images, batch["ids"], batch["lengths"])
-        terms = total_loss(
-            output,
-            batch["target"],
-            dice_weight=self.recipe.dice,
-            boundary_weight=self.recipe.boundary,
-            pseudo=self.recipe.pseudo,
-        )
-        self.scaler.scale(terms["loss"]).backward()
+        # What is random in the model is fixed by the step, so it is the same wherever the run was interrupted.
+        torch.manual_seed(int(np.random.SeedSequence([self.args.seed, self.samples, rank()]).generate_state(1)[0]))
+        size, sums = len(batch["id"]), {}
+        parts = min(self.args.accumulate, size)
+        for part in range(parts):
+            mine = share(size, part, parts)
+            for key, term in self.backward(batch, mine, count, last=part == parts - 1).items():
+                sums[key] = sums.get(key, 0.0) + term
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip)
-        values = torch.stack([*terms.values(), norm]).tolist()  # the step's one wait for the device
-        self.check_finite(*values[:: len(values) - 1], ids)
+        values = torch.stack([*sums.values(), norm / world_size()])
+        if world_size() > 1:
+            dist.all_reduce(values)  # all processes see the same, so they stop together
+        values = values.tolist()  # the step's one wait for the device
+        self.check_finite(*values[:: len(values) - 1], batch["id"])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.average.update()
-        self.samples += len(ids)
-        return dict(zip(terms, values))
+        self.samples += count
+        return dict(zip(sums, values))
+
+    def backward(self, batch: dict, mine: range, count: int, last: bool) -> dict[str, torch.Tensor]:
+        """Add the gradients of a part of the batch, weighted by its share of the step's samples -> its part of the terms."""
+        part = to_device({key: value[mine.start : mine.stop] for key, value in batch.items()}, self.device)
+        taken = len(share(count, rank(), world_size()))
+        weight = len(mine) / count if taken else 0.0  # without a share of its own it takes part with another's sample
+        alone = world_size() > 1 and not last  # processes meet once a step
+        with self.synced.no_sync() if alone else contextlib.nullcontext():
+            images = self.model.normalise(part["image"], part["encoder_image"])
+            with autocast(self.device):
+                output = self.synced(*images, part["ids"], part["lengths"])
+            recipe = self.recipe
+            terms = total_loss(output, part["target"], dice_weight=recipe.dice, boundary_weight=recipe.boundary,
+                               pseudo=recipe.pseudo)  # fmt: skip
+            # the processes' gradients are averaged, so each gives its own times their number
+            self.scaler.scale(terms["loss"] * (weight * world_size())).backward()
+        return {key: weight * term.detach() for key, term in terms.items()}
 
     def check_finite(self, loss: float, norm: float, ids: list[str]) -> None:
         """Stop before weights are spoilt. An infinite gradient is float16's everyday business, which the scaler minds."""
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
             return
         last = self.args.out / "last.pt"
+        ids = dict.fromkeys(i for part in gather(ids) for i in part)
         raise FloatingPointError(
             f"the loss became {loss} and its gradient {norm} at sample {self.samples} (batch {', '.join(ids)}): look at "
             f"these samples or try a lower --lr{f'; {last} holds an earlier state' if last.exists() else ''}"
@@ -135,33 +162,42 @@ class Trainer:
         epoch = self.samples // self.epoch_samples
         stop = (epoch + 1) * self.epoch_samples
         stream = Stream(len(self.train_set), self.args.seed, self.samples, stop)
-        loader = DataLoader(
-            self.train_set, self.args.batch_size, sampler=stream, num_workers=self.args.workers,
+        shares = Shares(stream, self.args.batch_size, rank(), world_size())
+        loader = Timed(DataLoader(
+            self.train_set, batch_sampler=shares, num_workers=self.args.workers,
             collate_fn=Collate(self.model.union_encoder.tokenizer), pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
-        sums, steps, start, first = {}, 0, time.time(), self.samples
+        ))  # fmt: skip
+        sums, steps, start, first = {}, 0, time.perf_counter(), self.samples
         self.model.train()
-        with tqdm(total=len(stream), desc=f"epoch {epoch + 1}/{self.args.epochs}", unit="img", disable=None) as bar:
+        title, hidden = f"epoch {epoch + 1}/{self.args.epochs}", rank() > 0 or None  # None: where there is no terminal
+        with tqdm(total=len(stream), desc=title, unit="img", disable=hidden) as bar:
             for batch in loader:
-                terms = self.step(batch)
+                count = min(self.args.batch_size, stop - self.samples)
+                terms = self.step(batch, count)
                 steps += 1
                 sums = {k: sums.get(k, 0.0) + v for k, v in terms.items()}
-                bar.update(len(batch["id"]))
-                bar.set_postfix(loss=f"{terms['loss']:.3f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
+                waited = loader.seconds / (time.perf_counter() - start)
+                bar.update(count)
+                rate = self.optimizer.param_groups[0]["lr"]
+                bar.set_postfix(loss=f"{terms['loss']:.3f}", lr=f"{rate:.1e}", data=f"{waited:.0%}")
                 if time.time() - self.saved_at > SAVE_EVERY:
                     self.save_last({})
-        return {k: v / steps for k, v in sums.items()} | {"images/s": (self.samples - first) / (time.time() - start)}
+        seconds, waited = time.perf_counter() - start, max(gather(loader.seconds))  # all wait for the slowest
+        rates = {"images/s": (self.samples - first) / seconds, "data_wait": waited / seconds}
+        return {k: v / steps for k, v in sums.items()} | rates
 
     def validate(self) -> dict:
         """Score the averaged weights on the validation set; keep them if they are the best so far."""
         self.average.swap()
-        result = report(score(self.model, self.val_set, batch_size=self.args.batch_size, workers=self.args.workers,
-                              forward=self.forward), "ours")  # fmt: skip
+        rows = score(self.model, self.val_set, batch_size=min(8, self.args.batch_size), workers=self.args.workers,
+                     forward=self.forward)  # fmt: skip
+        result = report(rows, "ours")
         quality = result["scores"]["mIoU"] + result["scores"]["oIoU"]
         if quality > self.best:
             self.best = quality
-            write_checkpoint(self.args.out / "best.pt", self.checkpoint(result["scores"]))
-            link_best(self.args.out / "best.pt")
+            if not rank():
+                write_checkpoint(self.args.out / "best.pt", self.checkpoint(result["scores"]))
+                link_best(self.args.out / "best.pt")
         self.average.swap()
         return result["scores"]
 
@@ -173,12 +209,16 @@ class Trainer:
             self.save_last(scores)
             epoch = self.samples // self.epoch_samples
             line = {"epoch": epoch, "samples": self.samples} | line | {"val": scores}
-            with open(self.args.out / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
+            if not rank():
+                with open(self.args.out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(line) + "\n")
             print(f"epoch {epoch}: loss {line['loss']:.3f}, {line['images/s']:.1f} images/s, "
                   f"val mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}", flush=True)  # fmt: skip
+        gather(None)  # rank 0 has written best.pt
         best, _ = load_checkpoint(self.args.out / "best.pt", self.device)
-        rows = score(best, self.val_set, batch_size=self.args.batch_size, workers=self.args.workers)
+        rows = score(best, self.val_set, batch_size=min(8, self.args.batch_size), workers=self.args.workers)
+        if rank():
+            return
         print(f"\nbest weights on the validation set of {self.args.data}, per cent:")
         print_report(report(rows, "ours"))
         write_panels(self.args.out / "panels.png", best, self.val_set, best_median_worst(rows, 12))
@@ -198,7 +238,18 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     add("--model", choices=PRESETS, help="preset (default: tiny on generated scenes, large on real data)")
     add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>-<model>-<number>)")
     add("--epochs", type=partial(number, int, 1), help="default: the preset's recipe")
-    add("--batch-size", type=partial(number, int, 1), help="default: the preset's recipe")
+    add(
+        "--batch-size",
+        type=partial(number, int, 1),
+        help="samples of an optimiser step, over all cards and --accumulate parts (default: the preset's recipe)",
+    )
+    add(
+        "--accumulate",
+        type=partial(number, int, 1),
+        default=1,
+        metavar="N",
+        help="compute each step in N parts, which needs less memory and gives the same result (default: 1)",
+    )
     add(
         "--lr",
         type=partial(number, float, 1e-12),
@@ -215,13 +266,19 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         default=0,
         help="of initial weights, data order and augmentation (default: 0)",
     )
-    add("--gpus", type=partial(number, int, 0), help="0 trains on the CPU (default: 1 if there is a CUDA card, else 0)")
-    add("--workers", type=partial(number, int, 0), default=default_workers(), help="processes that load data")
+    add(
+        "--gpus",
+        type=partial(number, int, 0),
+        metavar="N",
+        help="cards of this machine, a process on each; 0: the CPU (default: 1 if there is a CUDA card, else 0); "
+        "under torchrun, which starts the processes itself, only 0 makes a difference",
+    )
+    add("--workers", type=partial(number, int, 0), help="processes that load data, for each card (default: by the cores)")
     add(
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with the run in this folder, with its own flags; epochs, lr, batch size may be new",
+        help="go on with the run in this folder, with its own flags; epochs, lr, batch size, cards may be new",
     )
     add("--skip-missing", action="store_true", help="leave out samples whose image or mask file is missing")
     add("--from-scratch", action="store_true", help="start from random weights, all trained (tiny always does)")
@@ -245,12 +302,12 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
             raise UsageError(
                 f"{last} holds weights alone and can't be gone on with: name the run's folder or its last.pt"
             )
-        again = {"resume", "epochs", "batch_size", "lr", "gpus", "workers", "data", "skip_missing"}
+        again = {"resume", "epochs", "batch_size", "accumulate", "lr", "gpus", "workers", "data", "skip_missing"}
         if fixed := [k for k, v in vars(args).items() if k not in again and v != parser.get_default(k)]:
             raise UsageError(
                 f"--{fixed[0].replace('_', '-')} can't be changed by --resume: leave it out, or start a new run"
             )
-        parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k != "resume"})
+        parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k not in ("resume", "workers")})
         args = parser.parse_args()
         args.out = last.parent
     elif args.init:
@@ -262,6 +319,12 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     recipe = RECIPES[args.model]
     args.batch_size = args.batch_size or recipe.batch_size
     args.lr = args.lr or recipe.lr
+    args.workers = default_workers() if args.workers is None else args.workers
+    if args.batch_size < (parts := world_size() * args.accumulate):
+        raise UsageError(
+            f"--batch-size {args.batch_size} can't be shared by {world_size()} processes with --accumulate "
+            f"{args.accumulate}: it is the whole step's, so make it {parts} or more"
+        )
     return args, checkpoint
 
 
@@ -281,39 +344,51 @@ def open_sets(args: argparse.Namespace, augment: str | None):
     return train_set, open_dataset(args.data, "val", **common)
 
 
-def main() -> None:
-    args, checkpoint = parse_args()
-    device = pick_device(args.gpus)
+def prepare(args: argparse.Namespace, checkpoint: dict | None) -> tuple[RS2SAM2, tuple]:
+    """-> (the model, the training and the validation set), after what the command line may have wrong is checked."""
     if not checkpoint:
         args.out = args.out or free_run(args.data, args.model)
         if (args.out / "last.pt").exists() or (args.out / "best.pt").exists():
             raise UsageError(
                 f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}"
             )
-    recipe, fresh = RECIPES[args.model], args.data == "scenes" and not Path("data/scenes").exists()
-    sets = None if fresh else open_sets(args, recipe.augment)
+    augment, fresh = RECIPES[args.model].augment, args.data == "scenes" and not Path("data/scenes").exists()
+    sets = None if fresh else open_sets(args, augment)
     torch.manual_seed(args.seed)
     model = rebuild(checkpoint) if checkpoint else new_model(args)
     if fresh:
         print("generating scenes under data/scenes (once, a minute or two)", flush=True)
         make_scenes(Path("data/scenes"))
-        sets = open_sets(args, recipe.augment)
-    try:
-        trainer = Trainer(args, recipe, model, device, *sets)
-        if checkpoint:
-            trainer.resume(checkpoint)
-        args.out.mkdir(parents=True, exist_ok=True)
-        counts = count_parameters(model)
-        print(f"{args.model} on {args.data} ({len(sets[0]):,} training targets, {len(sets[1]):,} validation phrases), "
-              f"{device}, run {args.out}\nparameters: {counts['total']:,} total, {counts['trained']:,} trained, "
-              f"{counts['frozen']:,} frozen", flush=True)  # fmt: skip
-        trainer.run()
-    except torch.OutOfMemoryError:
-        smaller = f"--batch-size {args.batch_size // 2} or " if args.batch_size > 1 else ""
-        raise UsageError(
-            f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try {smaller}a "
-            f"smaller --image-size"
-        ) from None
+        sets = open_sets(args, augment)
+    return model, sets
+
+
+def main() -> None:
+    with process_group():
+        with rank_0_first():
+            args, checkpoint = parse_args()
+            device = pick_device(args.gpus)
+            if (args.gpus or 0) > 1 and not launched():
+                return launch(args.gpus, sys.argv)
+            model, sets = prepare(args, checkpoint)
+        args.out = gather(args.out)[0]
+        try:
+            trainer = Trainer(args, RECIPES[args.model], model, device, *sets)
+            if checkpoint:
+                trainer.resume(checkpoint)
+            args.out.mkdir(parents=True, exist_ok=True)
+            counts, where = count_parameters(model), f"{world_size()} x {device.type}" if world_size() > 1 else device
+            print(f"{args.model} on {args.data} ({len(sets[0]):,} training targets, {len(sets[1]):,} validation phrases), "
+                  f"{where}, run {args.out}\nparameters: {counts['total']:,} total, {counts['trained']:,} trained, "
+                  f"{counts['frozen']:,} frozen", flush=True)  # fmt: skip
+            trainer.run()
+        except torch.OutOfMemoryError:
+            more = args.accumulate * 2
+            smaller = f"--accumulate {more} or " if args.batch_size >= world_size() * more else ""
+            raise UsageError(
+                f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try {smaller}a "
+                f"smaller --image-size"
+            ) from None
 
 
 if __name__ == "__main__":
