@@ -1,9 +1,12 @@
 """Models from files: a preset with foundation weights, and the checkpoints of train.py."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from encoder import BEiT3Tokenizer
 from model import PRESETS, RS2SAM2, Preset
@@ -71,11 +74,30 @@ def build(name, image_size=None, from_scratch=False, sam2_file=None, encoder=Non
     return model
 
 
+@contextlib.contextmanager
+def without_weights():
+    """Modules made in here have parameters without storage (device meta), to be assigned; their buffers are as ever."""
+    hook = register_module_parameter_registration_hook(
+        lambda module, name, p: None if p is None else nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def rebuild(checkpoint: dict) -> RS2SAM2:
-    """The model of a checkpoint's dict, its weights included."""
+    """The model of a checkpoint's dict, its weights included: the dict's own tensors, nothing is drawn at random or copied.
+
+    Where `read_checkpoint` mapped the file into memory the weights stay there, and the file is read as they are used;
+    training writes to memory, never to the file."""
     tokenizer = BEiT3Tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
-    model = RS2SAM2(Preset(**checkpoint["preset"]), tokenizer=tokenizer)
-    model.load_state_dict(checkpoint["model"])
+    with without_weights():
+        model = RS2SAM2(Preset(**checkpoint["preset"]), tokenizer=tokenizer)
+    # Frozen weights may have been saved in half precision: the model is float32.
+    dtypes = {k: v.dtype for k, v in model.state_dict().items()}
+    state = {k: v.to(dtypes.get(k, v.dtype)) for k, v in checkpoint["model"].items()}
+    model.load_state_dict(state, assign=True)
     return model
 
 

@@ -209,6 +209,8 @@ def evaluate(args: argparse.Namespace) -> None:
         data, args.split, image_size=model.preset.image_size, encoder_size=model.union_encoder.image_size,
         skip_missing=args.skip_missing,
     )  # fmt: skip
+    if torch.cuda.is_available() and args.protocol == "ours":
+        model.requires_grad_(False).cast_frozen(compute_dtype())
     rows = score(model, dataset, args.protocol, workers=default_workers())
     result = report(rows, args.protocol)
     print(f"{args.ckpt} on {data}, split {dataset.split}, protocol {args.protocol}")

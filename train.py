@@ -26,7 +26,7 @@ from data import Collate, Stream, open_dataset
 from evaluate import autocast, best_median_worst, compute_dtype, print_report, report, score, to_device, write_panels
 from layouts import DataError
 from losses import total_loss
-from model import PRESETS, RS2SAM2, count_parameters
+from model import PRESETS, RS2SAM2, compiled, count_parameters
 from recipe import RECIPES, Average, Recipe, parameter_groups, rate_factor
 from runs import UsageError, default_workers, free_run, link_best, number, pick_device, revision, write_checkpoint
 from scenes import make_scenes
@@ -45,7 +45,10 @@ class Trainer:
         for dataset in (train_set, val_set):
             dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
         self.model = model.to(device)
-        self.forward = torch.compile(self.model) if device.type == "cuda" else self.model
+        self.model.image_encoder.checkpoint_activations = args.checkpoint_activations
+        if device.type == "cuda":
+            self.model.cast_frozen(compute_dtype())
+        self.forward = compiled(self.model) if device.type == "cuda" else self.model
         groups = parameter_groups(model, args.lr, recipe.foundation_rate)
         self.trained = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
@@ -231,6 +234,12 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         metavar="TAG|FILE",
         help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file",
     )
+    add(
+        "--checkpoint-activations",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute activations of the image encoder again in the backward pass: less memory, slower",
+    )
     args = parser.parse_args()
     checkpoint = None
     if args.resume:
@@ -243,6 +252,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
                 f"{last} holds weights alone and can't be gone on with: name the run's folder or its last.pt"
             )
         again = {"resume", "epochs", "batch_size", "lr", "gpus", "workers", "data", "skip_missing"}
+        again |= {"checkpoint_activations"}  # how a run computes, not what
         if fixed := [k for k, v in vars(args).items() if k not in again and v != parser.get_default(k)]:
             raise UsageError(
                 f"--{fixed[0].replace('_', '-')} can't be changed by --resume: leave it out, or start a new run"
@@ -301,8 +311,8 @@ def main() -> None:
     except torch.OutOfMemoryError:
         smaller = f"--batch-size {args.batch_size // 2} or " if args.batch_size > 1 else ""
         raise UsageError(
-            f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try {smaller}a "
-            f"smaller --image-size"
+            f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try {smaller}"
+            f"{'' if args.checkpoint_activations else '--checkpoint-activations or '}a smaller --image-size"
         ) from None
 
 
