@@ -255,7 +255,7 @@ def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step:
             contextlib.nullcontext,
             {
                 "forward": partial(forward_once, call, batches[size], precision),
-                "train": partial(step, call, batches[size], precision),
+                "train": step and partial(step, call, batches[size], precision),
                 "evaluate": partial(score, model, dataset, batch_size=size, workers=args.workers, forward=call),
             }[task],
         )

@@ -80,22 +80,27 @@ def loss_of(output: Output, target, name: str):
     return terms["loss"]
 
 
-def flops(name: str, image_size: int | None = None) -> dict[str, int]:
-    """FLOPs of one image, a multiplication and an addition being two: {"forward", "train"}."""
-    aten = torch.ops.aten  # the CPU's kernel is not among those torch has formulas for
+def counter() -> FlopCounterMode:
+    """torch's counter of FLOPs, with formulas for the CPU's kernel of attention, which torch has none for."""
+    aten = torch.ops.aten
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: 4 * math.prod(q) * k[2],
         # four products where the forward pass has two; what the kernel computes a second time is not counted
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, *__, **___: 8 * math.prod(q) * k[2],
     }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def flops(name: str, image_size: int | None = None, backward: bool = True) -> dict[str, int]:
+    """FLOPs of one image, a multiplication and an addition being two: {"forward"[, "train"]}."""
     counts = {}
-    with fake_model(name, image_size) as model:
+    with fake_model(name, image_size) as model, counter() as count, torch.set_grad_enabled(backward):
         *inputs, target = random_batch(model, 1, "cpu")
-        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            output = model(*inputs)
-            counts["forward"] = counter.get_total_flops()
+        output = model(*inputs)
+        counts["forward"] = count.get_total_flops()
+        if backward:
             loss_of(output, target, name).backward()
-        counts["train"] = counter.get_total_flops()
+            counts["train"] = count.get_total_flops()
     return counts
 
 
