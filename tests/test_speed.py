@@ -332,7 +332,7 @@ def test_a_benchmark_is_appended_to_the_file(tmp_path, monkeypatch, capsys):
     text = out.read_text()
     assert text.startswith("# Benchmarks\n") and text in "# Benchmarks\n" + capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith("| tiny |")]
-    assert [row.split(" | ")[1] for row in rows] == ["forward"] * 2 + ["train"] * 2 + ["evaluate"] + ["loader"] * 2
+    assert [row.split(" | ")[1] for row in rows] == ["train"] * 2 + ["loader"] * 2 + ["forward"] * 2 + ["evaluate"]
     assert all(float(row.split(" | ")[4]) > 0 for row in rows)
     monkeypatch.setattr("sys.argv", [*argv, "--profile", "--out", str(out)])
     benchmark.main()

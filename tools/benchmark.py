@@ -5,9 +5,9 @@
     python tools/benchmark.py --memory                 computed, on no device: FLOPs, and the batch that fits a card
     python tools/benchmark.py --model large --profile  where the time goes, stage by stage
 
-Weights and inputs are random. Tasks: forward (evaluation mode), train (forward, loss, backward, clipping, AdamW),
-evaluate (evaluate.py's loop over generated scenes of 800 pixels, loader and scoring included), loader (the training
-set's loader alone, and beside the training step). Variants of a task are timed in turns, so that what else the machine
+Weights and inputs are random. Tasks: train (forward, loss, backward, clipping, AdamW), loader (the training set's loader
+alone, and beside the training step), forward (as evaluate.py calls the model), evaluate (its whole loop over generated
+scenes of 800 pixels, loader and scoring included). Variants of a task are timed in turns, so that what else the machine
 does meets them alike; a figure is the median over --repeats. --baseline times the published settings beside them, on the
 same weights: batch 1, SAM 2 in float32, stock multi-head attention that returns its weights, no compilation, a
 synchronisation and an emptied cache after each step. MFU is the share of what the device reaches on a large product.
@@ -23,7 +23,6 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,6 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoints import without_weights  # noqa: E402
 from data import Collate, open_dataset  # noqa: E402
 from evaluate import autocast, compute_dtype, score, to_device  # noqa: E402
 from fusion import CrossAttention  # noqa: E402
@@ -44,36 +42,11 @@ from model import PRESETS, RS2SAM2, compiled  # noqa: E402
 from recipe import RECIPES, parameter_groups  # noqa: E402
 from runs import default_workers, revision  # noqa: E402
 from scenes import scene  # noqa: E402
-from tools.counting import LENGTH, flops, loss_of, memory_table, random_batch  # noqa: E402
+from tools.counting import flops, loss_of, memory_table, random_batch, random_model  # noqa: E402
 
-TASKS = ("forward", "train", "evaluate", "loader")
+TASKS = ("train", "loader", "forward", "evaluate")  # in this order
 BASELINE = "published settings"
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
-
-
-def random_model(name: str, image_size: int | None, seed: int) -> RS2SAM2:
-    """A preset with cheap random weights: uniform with variance 1 / fan-in; the tokeniser is a stand-in for BEiT-3's."""
-    preset = PRESETS[name]
-    torch.manual_seed(seed)
-    with without_weights():
-        model = RS2SAM2(replace(preset, image_size=image_size or preset.image_size))
-    for module in model.modules():
-        for key, p in module.named_parameters(recurse=False):
-            value = torch.zeros(p.shape)
-            if p.dim() > 1:
-                value.uniform_(-1, 1).mul_((3 / max(1, p[0].numel())) ** 0.5)
-            elif key == "weight" and "Norm" in type(module).__name__:
-                value.fill_(1)
-            setattr(module, key, nn.Parameter(value, requires_grad=p.requires_grad))
-    if model.union_encoder.tokenizer is None:
-        model.union_encoder.tokenizer = words_as_ids
-    return model
-
-
-def words_as_ids(phrases: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, L) ids that mean nothing, one a word: BEiT-3's tokeniser comes with its weights, and none are read here."""
-    lengths = torch.tensor([min(len(p.split()), LENGTH - 2) + 2 for p in phrases])  # (B,)
-    return torch.where(torch.arange(LENGTH) < lengths[:, None], 4, 3), lengths
 
 
 def write_scenes(root: Path, counts: dict[str, int], seed: int) -> None:
@@ -373,8 +346,13 @@ def measured(args) -> str:
             write_scenes(root, {"train": 8 * max(args.batch_size), "val": images}, args.seed)
             sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
             data = torch.utils.data.Subset(open_dataset(root, "val", **sizes), range(images))
-        for task in args.tasks:
+        for task in sorted(args.tasks, key=TASKS.index):
             model.train(task in ("train", "loader"))
+            if not model.training:
+                step = None  # and with it the optimiser's memory
+                model.requires_grad_(False)
+                if clock.cuda:
+                    model.cast_frozen(compute_dtype())  # all weights, as evaluate.py does
             if task == "loader":
                 lines += loader_rows(args, model, clock, step, [*calls.values()][-1], root)
                 continue

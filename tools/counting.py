@@ -1,4 +1,4 @@
-"""What can be counted without a device: FLOPs, the bytes of a training step, the batch that fits a card.
+"""Models without trained weights, and what can be counted of them without a device: FLOPs, bytes, the batch that fits.
 
     python tools/counting.py            a Markdown table of all presets, in a few minutes
 
@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +30,31 @@ LENGTH = 32  # text tokens, as most phrases are padded to
 CARDS = (16, 24, 80)  # GB
 # What a card's memory is not there for: the CUDA context and the kernels' workspaces; and the gaps between tensors.
 CONTEXT, GAPS = 0.8 * 2**30, 1.05
+
+
+def random_model(name: str, image_size: int | None, seed: int) -> RS2SAM2:
+    """A preset with cheap random weights: uniform with variance 1 / fan-in; the tokeniser is a stand-in for BEiT-3's."""
+    preset = PRESETS[name]
+    torch.manual_seed(seed)
+    with without_weights():
+        model = RS2SAM2(replace(preset, image_size=image_size or preset.image_size))
+    for module in model.modules():
+        for key, p in module.named_parameters(recurse=False):
+            value = torch.zeros(p.shape)
+            if p.dim() > 1:
+                value.uniform_(-1, 1).mul_((3 / max(1, p[0].numel())) ** 0.5)
+            elif key == "weight" and "Norm" in type(module).__name__:
+                value.fill_(1)
+            setattr(module, key, nn.Parameter(value, requires_grad=p.requires_grad))
+    if model.union_encoder.tokenizer is None:
+        model.union_encoder.tokenizer = words_as_ids
+    return model
+
+
+def words_as_ids(phrases: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, L) ids that mean nothing, one a word: BEiT-3's tokeniser comes with its weights, and none are read here."""
+    lengths = torch.tensor([min(len(p.split()), LENGTH - 2) + 2 for p in phrases])  # (B,)
+    return torch.where(torch.arange(LENGTH) < lengths[:, None], 4, 3), lengths
 
 
 def random_batch(model: RS2SAM2, size: int, device) -> tuple:
