@@ -386,9 +386,9 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=ROOT / "BENCHMARKS.md", help="the file to append to (default: BENCHMARKS.md)")
     args = parser.parse_args()
-    text = memory_table() if args.memory else measured(args)
+    text = "\n\n" + memory_table() if args.memory else measured(args)
     command = "python tools/benchmark.py " + " ".join(sys.argv[1:])
-    head = f"\n### {time.strftime('%Y-%m-%d')}, `{command}`\n\ntorch {torch.__version__}, revision {revision() or 'unknown'}. "
+    head = f"\n### {time.strftime('%Y-%m-%d')}, `{command}`\n\ntorch {torch.__version__}, revision {revision() or 'unknown'}; "
     print(head + text)
     with open(args.out, "a") as f:
         f.write(head + text + "\n")
