@@ -22,19 +22,28 @@ from fusion import CrossAttention
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def padded_length(longest: int, context: int) -> int:
+    """The length L that a batch's ids are padded to: 32, 64, 128 ... tokens, and never more than `context`.
+
+    A compiled model has one graph for each L, so there must be few: 32 holds every phrase of most data sets. Padding is
+    masked, so L changes no result, and it costs next to nothing: 32 text tokens stand beside 65,536 places of the image.
+    """
+    return min(max(32, 1 << (longest - 1).bit_length()), context)
+
+
 class OpenCLIPTokenizer:
-    """open_clip's byte-pair encoding, padded to the longest phrase of the batch instead of to 77 tokens.
+    """open_clip's byte-pair encoding, padded to `padded_length` instead of to 77 tokens.
 
     A phrase over `context` tokens is cut, its end-of-text token kept.
     """
 
     def __init__(self, context: int):
-        self.bpe = open_clip.SimpleTokenizer(context_length=context)
+        self.bpe, self.context = open_clip.SimpleTokenizer(context_length=context), context
 
     def __call__(self, phrases: list[str]) -> tuple[Tensor, Tensor]:
         ids = self.bpe(phrases)  # (B, context), zero after the end-of-text token
         lengths = ids.argmax(1) + 1  # (B,)  end of text is the highest id
-        return ids[:, : int(lengths.max())], lengths
+        return ids[:, : padded_length(int(lengths.max()), self.context)], lengths
 
 
 class JointLayer(nn.Module):
@@ -131,7 +140,7 @@ class BEiT3Tokenizer:
         pieces = [self.pieces.encode(p)[: self.context - 2] for p in phrases]
         rows = [[0, *(k + 1 if k > 0 else self.UNK for k in row), 2] for row in pieces]
         lengths = torch.tensor([len(row) for row in rows])  # (B,)
-        ids = torch.full((len(rows), int(lengths.max())), self.PAD)  # (B, L)
+        ids = torch.full((len(rows), padded_length(int(lengths.max()), self.context)), self.PAD)  # (B, L)
         for line, row in zip(ids, rows):
             line[: len(row)] = torch.tensor(row)
         return ids, lengths

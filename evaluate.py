@@ -251,6 +251,8 @@ def evaluate(args: argparse.Namespace) -> None:
             data, args.split, image_size=model.preset.image_size, encoder_size=model.union_encoder.image_size,
             skip_missing=args.skip_missing,
         )  # fmt: skip
+    if torch.cuda.is_available() and args.protocol == "ours":
+        model.requires_grad_(False).cast_frozen(compute_dtype())
     rows = score(model, dataset, args.protocol, workers=default_workers())
     if rank():
         return

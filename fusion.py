@@ -13,12 +13,14 @@ Source: "RS2-SAM 2: Customized SAM 2 for Referring Remote Sensing Image Segmenta
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from sam2.modeling.backbones.hieradet import Hiera, MultiScaleBlock, do_pool
 from sam2.modeling.backbones.utils import window_partition, window_unpartition
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def sincos_2d(height: int, width: int, dim: int, like: Tensor) -> Tensor:
@@ -158,7 +160,8 @@ class FusedHiera(nn.Module):
     """SAM 2's Hiera trunk with a fusion layer in every block.
 
     `trunk` is taken over: its blocks are wrapped in place, its own parameters keep their requires_grad.
-    The adapters' hidden width is D / `reduction`.
+    The adapters' hidden width is D / `reduction`. Where `checkpoint_activations` is set, training keeps no more than each
+    block's input and computes the rest again in the backward pass: less memory, a forward pass more of the trunk.
     forward: image (B, 3, H, W) float, text (B, L, C), text_mask (B, L) bool or None -> stage outputs, finest first,
     [(B, D_s, H/4 / 2^s, W/4 / 2^s)].
     """
@@ -171,6 +174,7 @@ class FusedHiera(nn.Module):
             for i, b in enumerate(trunk.blocks)
         )
         self.trunk = trunk
+        self.checkpoint_activations = False
 
     def adapters(self) -> list[nn.Module]:
         """The modules this class added to the trunk."""
@@ -181,6 +185,8 @@ class FusedHiera(nn.Module):
         x = x + self.trunk._get_pos_embed(x.shape[1:3])  # (B, H/4, W/4, D_0)
         stages = []
         for i, block in enumerate(self.trunk.blocks):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)  # draws no randomness
             x, text = block(x, text, text_mask)  # (B, H_i, W_i, D_i), (B, L, C)
             if i in self.trunk.stage_ends:
                 stages.append(x.permute(0, 3, 1, 2))  # (B, D_s, H_s, W_s)

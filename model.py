@@ -27,7 +27,7 @@ from sam2.modeling.sam.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
 from encoder import IMAGENET_MEAN, IMAGENET_STD, BEiT3Encoder, OpenCLIPEncoder
-from fusion import DecoderFusion, FusedHiera
+from fusion import CrossAttention, DecoderFusion, FusedHiera
 from prompt_gen import MaskPromptGenerator, SparsePrompt, dense_prompt
 from weights import open_clip_model
 
@@ -213,6 +213,21 @@ class RS2SAM2(nn.Module):
                 adapter.train(mode)
         return self
 
+    @torch.no_grad()
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Hold the frozen weights of products (linear layers, convolutions, attention) in the dtype autocast computes in.
+
+        The results are those of autocast, to the bit, which otherwise converts them from float32 in every forward pass and
+        keeps both for the backward one; norms and tables stay float32. For CUDA, at the start of a run. Checkpoints
+        then hold these weights as the model was trained with them, in `dtype` (the published one does so too); where they
+        are loaded again in float32 they are those values exactly.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention, CrossAttention)):
+                for p in module.parameters(recurse=False):
+                    if not p.requires_grad:
+                        p.data = p.data.to(dtype)
+
     def normalise(self, image: Tensor, encoder_image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 images (B, 3, S, S) and (B, 3, E, E), as the loader gives them, to what forward takes."""
         mean, std = self.image_norm
@@ -255,6 +270,17 @@ class RS2SAM2(nn.Module):
         )  # (B, 1, 4s, 4s)  # fmt: skip
         # The published output is the pair (1 - p, p); the logit of its soft-max is 2p - 1.
         return 2 * p - 1  # (B, 1, S/4, S/4)
+
+
+def compiled(model: nn.Module, mode: str | None = None) -> nn.Module:
+    """The model behind torch.compile: one graph for each batch size and padded length of the phrases that occurs.
+
+    Sizes are no variables: kernels for fixed ones are faster, and few occur. A full batch and the last one of an epoch,
+    in training and in evaluation, with 32 or 64 tokens, are 8 graphs; torch gives up compiling, all but silently,
+    beyond 8 by default. mode: torch.compile's; 'reduce-overhead' (CUDA graphs) is for inference.
+    """
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    return torch.compile(model, dynamic=False, mode=mode)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

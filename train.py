@@ -32,7 +32,7 @@ from data import Collate, Stream, Timed, open_dataset
 from evaluate import autocast, best_median_worst, compute_dtype, print_report, report, score, to_device, write_panels
 from layouts import DataError
 from losses import total_loss
-from model import PRESETS, RS2SAM2, count_parameters
+from model import PRESETS, RS2SAM2, compiled, count_parameters
 from processes import Shares, gather, launch, launched, process_group, rank, rank_0_first, share, world_size
 from recipe import RECIPES, Average, Recipe, parameter_groups, rate_factor
 from runs import UsageError, default_workers, free_run, link_best, number, pick_device, revision, write_checkpoint
@@ -52,7 +52,10 @@ class Trainer:
         for dataset in (train_set, val_set):
             dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
         self.model = model.to(device)
-        self.forward = self.synced = torch.compile(self.model) if device.type == "cuda" else self.model
+        self.model.image_encoder.checkpoint_activations = args.checkpoint_activations
+        if device.type == "cuda":
+            self.model.cast_frozen(compute_dtype())
+        self.forward = self.synced = compiled(self.model) if device.type == "cuda" else self.model
         if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
             self.synced = DistributedDataParallel(self.forward)
         groups = parameter_groups(model, args.lr, recipe.foundation_rate)
@@ -291,6 +294,12 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     )
     add("--encoder-size", type=partial(number, int, 1), help="side of its images (default: as it was trained)")
     add("--init", metavar="CKPT", help="fine-tune from a checkpoint: of train.py, or the published one")
+    add(
+        "--checkpoint-activations",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute activations of the image encoder again in the backward pass: less memory, slower",
+    )
     args = parser.parse_args()
     checkpoint = None
     if args.resume:
@@ -302,7 +311,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
             raise UsageError(
                 f"{last} holds weights alone and can't be gone on with: name the run's folder or its last.pt"
             )
-        again = {"resume", "epochs", "batch_size", "accumulate", "lr", "gpus", "workers", "data", "skip_missing"}
+        again = {"resume", "epochs", "batch_size", "lr", "data", "skip_missing"}
+        again |= {"accumulate", "checkpoint_activations", "gpus", "workers"}  # how a run computes, not what
         if fixed := [k for k, v in vars(args).items() if k not in again and v != parser.get_default(k)]:
             raise UsageError(
                 f"--{fixed[0].replace('_', '-')} can't be changed by --resume: leave it out, or start a new run"
@@ -384,10 +394,11 @@ def main() -> None:
             trainer.run()
         except torch.OutOfMemoryError:
             more = args.accumulate * 2
-            smaller = f"--accumulate {more} or " if args.batch_size >= world_size() * more else ""
+            smaller = f"--accumulate {more}, " if args.batch_size >= world_size() * more else ""
+            again = "" if args.checkpoint_activations else "--checkpoint-activations, "
             raise UsageError(
-                f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try {smaller}a "
-                f"smaller --image-size"
+                f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try {smaller}"
+                f"{again}or a smaller --image-size"
             ) from None
 
 

@@ -1,0 +1,398 @@
+"""How fast is it, and how much memory does it take? Results are appended, as Markdown tables, to BENCHMARKS.md.
+
+    python tools/benchmark.py --model paper --batch-size 1 4 8 --compile default --baseline      on a GPU
+    python tools/benchmark.py --model tiny --batch-size 8 --tasks forward train evaluate loader
+    python tools/benchmark.py --memory                 computed, on no device: FLOPs, and the batch that fits a card
+    python tools/benchmark.py --model large --profile  where the time goes, stage by stage
+
+Weights and inputs are random. Tasks: train (forward, loss, backward, clipping, AdamW), loader (the training set's loader
+alone, and beside the training step), forward (as evaluate.py calls the model), evaluate (its whole loop over generated
+scenes of 800 pixels, loader and scoring included). Variants of a task are timed in turns, so that what else the machine
+does meets them alike; a figure is the median over --repeats. --baseline times the published settings beside them, on the
+same weights: batch 1, SAM 2 in float32, stock multi-head attention that returns its weights, no compilation, a
+synchronisation and an emptied cache after each step. MFU is the share of what the device reaches on a large product.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import itertools
+import math
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import Collate, open_dataset  # noqa: E402
+from evaluate import autocast, compute_dtype, score, to_device  # noqa: E402
+from fusion import CrossAttention  # noqa: E402
+from model import PRESETS, RS2SAM2, compiled  # noqa: E402
+from recipe import RECIPES, parameter_groups  # noqa: E402
+from runs import default_workers, revision  # noqa: E402
+from scenes import scene  # noqa: E402
+from tools.counting import flops, loss_of, memory_table, random_batch, random_model  # noqa: E402
+
+TASKS = ("train", "loader", "forward", "evaluate")  # in this order
+BASELINE = "published settings"
+MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
+
+
+def write_scenes(root: Path, counts: dict[str, int], seed: int) -> None:
+    """Generated scenes as a data set of 800 x 800 JPEG files, the size of RRSIS-D's, with one phrase each."""
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    lines = ["image,mask,phrase,split"]
+    for split, i in ((split, i) for split, count in counts.items() for i in range(count)):
+        s, name = scene(seed, split, i, 256), f"{split}{i}"
+        j, _, phrase = s.phrases[0]
+        cv2.imwrite(str(root / "images" / f"{name}.jpg"), cv2.resize(s.image[..., ::-1], (800, 800)))
+        mask = 255 * s.objects[j].mask.astype(np.uint8)
+        cv2.imwrite(str(root / "masks" / f"{name}.png"), cv2.resize(mask, (800, 800), interpolation=cv2.INTER_NEAREST))
+        lines.append(f"{name}.jpg,{name}.png,{phrase},{split}")
+    (root / "phrases.csv").write_text("\n".join(lines) + "\n")
+
+
+class StockAttention(nn.Module):
+    """nn.MultiheadAttention in a CrossAttention's place, on its parameters: computes and returns its weights."""
+
+    def __init__(self, ours: CrossAttention):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(ours.out_proj.in_features, ours.heads, batch_first=True, device="meta")
+        self.attention.in_proj_weight, self.attention.in_proj_bias = ours.in_proj_weight, ours.in_proj_bias
+        self.attention.out_proj = ours.out_proj
+
+    def forward(self, query, memory, mask=None):
+        return self.attention(query, memory, memory, None if mask is None else ~mask)[0]  # (B, Nq, dim)
+
+
+@contextlib.contextmanager
+def published_settings(model: RS2SAM2, half_encoder: bool):
+    """The published way to run the same weights; half_encoder: in training on CUDA BEiT-3 ran in half precision."""
+    places = [(m, name) for m in model.modules() for name, child in m.named_children() if type(child) is CrossAttention]
+    ours = [getattr(m, name) for m, name in places]
+    encoder, low = model.union_encoder, [(p, p.dtype) for p in model.parameters() if p.dtype != torch.float32]
+    forward = encoder.forward
+
+    def half(*args):
+        with torch.autocast("cuda", dtype=compute_dtype()):
+            return tuple(x.float() for x in forward(*args))
+
+    for (m, name), attention in zip(places, ours):
+        setattr(m, name, StockAttention(attention).train(m.training))
+    for p, _ in low:
+        p.data = p.data.float()
+    if half_encoder:
+        encoder.forward = half
+    try:
+        yield
+    finally:
+        for (m, name), attention in zip(places, ours):
+            setattr(m, name, attention)
+        for p, dtype in low:
+            p.data = p.data.to(dtype)
+        if half_encoder:
+            del encoder.forward
+
+
+# ---- on a device ---------------------------------------------------------------------------------------------------------
+
+
+class Device:
+    """Clock and memory of the device that is measured."""
+
+    def __init__(self, name: str):
+        self.device, self.cuda = torch.device(name), name == "cuda"
+
+    def seconds(self, run) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def peak_bytes(self, run) -> int:
+        """The most memory in use during `run`: the allocator's on CUDA, the whole process's on Linux, else 0."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            return torch.cuda.max_memory_allocated()
+        if not Path("/proc/self/clear_refs").exists():
+            return 0
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        run()
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+    def product(self) -> float:
+        """FLOP/s of a large product in the dtype of the forward pass: the peak that MFU refers to."""
+        n, dtype = (8192, compute_dtype()) if self.cuda else (2048, torch.float32)
+        a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
+        times = [self.seconds(lambda: a @ b) for _ in range(13)]
+        return 2 * n**3 / statistics.median(times[3:])
+
+    def describe(self) -> str:
+        names = [line for line in cpu_info() if line.startswith("model name")] or ["CPU"]
+        what = torch.cuda.get_device_name() if self.cuda else f"{names[0].split(':')[-1].strip()} (CPU)"
+        return f"{what}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+class Step:
+    """A training step as train.py does it. batch as `random_batch` gives it; call is the model or its compiled form."""
+
+    def __init__(self, model: RS2SAM2, name: str):
+        recipe = RECIPES[name]
+        groups = parameter_groups(model, recipe.lr, recipe.foundation_rate)
+        self.name, self.clip, self.trained = name, recipe.clip, [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+
+    def __call__(self, call, batch, precision) -> None:
+        *inputs, target = batch
+        with precision():
+            output = call(*inputs)
+        loss = loss_of(output, target, self.name)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
+        torch.stack([loss, norm]).tolist()  # the step's one wait for the device
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def forward_once(call, batch, precision) -> None:
+    with torch.inference_mode(), precision():
+        call(*batch[:-1])
+
+
+def evaluate_once(model, call, dataset, size, workers) -> None:
+    score(model, dataset, batch_size=size, workers=workers, forward=call)
+
+
+def flushed(run) -> None:
+    """`run` as the published loop goes: the device waited for and the allocator's cache emptied after each step."""
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def measure(clock: Device, runs: dict, repeats: int, warmup: int) -> dict:
+    """{key: (settings, run)} -> {key: (median seconds, peak bytes)}; (inf, 0) where memory ran out."""
+    count = repeats + warmup
+    keys = list(runs) * count if not clock.cuda else [k for k in runs for _ in range(count)]
+    times, peaks = {key: [] for key in runs}, {}
+    for key in keys:
+        settings, run = runs[key]
+        with settings():
+            try:
+                times[key].append(clock.seconds(run))
+                if len(times[key]) == count:
+                    peaks[key] = clock.peak_bytes(run)
+            except torch.OutOfMemoryError:
+                times[key].append(math.inf)
+        if math.inf in times[key]:
+            gc.collect()
+            torch.cuda.empty_cache()
+    return {key: (statistics.median(t[warmup:]), peaks.get(key, 0)) for key, t in times.items()}
+
+
+def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step: Step, dataset) -> dict:
+    """{(variant, batch size): (settings, run)} of one task."""
+    runs, precision = {}, partial(autocast, clock.device)
+    batches = {size: random_batch(model, size, clock.device) for size in {1, *args.batch_size}}
+    for size, (variant, call) in itertools.product(args.batch_size, calls.items()):
+        runs[variant, size] = (
+            contextlib.nullcontext,
+            {
+                "forward": partial(forward_once, call, batches[size], precision),
+                "train": step and partial(step, call, batches[size], precision),
+                "evaluate": partial(score, model, dataset, batch_size=size, workers=args.workers, forward=call),
+            }[task],
+        )
+    if args.baseline and task != "evaluate":
+        settings = partial(published_settings, model, half_encoder=clock.cuda and task == "train")
+        once = {"forward": forward_once, "train": step}[task]
+        runs[BASELINE, 1] = settings, partial(flushed, partial(once, model, batches[1], contextlib.nullcontext))
+    return runs
+
+
+def task_rows(task: str, results: dict, images: int | None, work: dict, product: float, name: str) -> list[str]:
+    """A table's lines for the results of one task; images: how many a run sees, where that is not the batch."""
+    rates = {key: (images or key[1]) / seconds for key, (seconds, _) in results.items()}
+    baseline, lines = rates.get((BASELINE, 1)), []
+    for (variant, size), (_, memory) in results.items():
+        rate = rates[variant, size]
+        cells = [name, task, variant, str(size)]
+        if rate == 0:
+            lines.append(f"| {' | '.join(cells)} | out of memory | | | | |")
+            continue
+        mfu = f"{100 * rate * work['train' if task == 'train' else 'forward'] / product:.1f} %"
+        cells += [
+            f"{rate:.3g}",
+            f"{1000 / rate:.4g}",
+            mfu,
+            f"{memory / 2**30:.2f}",
+            f"{rate / baseline:.2f}" if baseline else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def loader_rows(args, model, clock: Device, step: Step, call, root: Path) -> list[str]:
+    """The training set's loader alone, with one worker, and beside the training step, with the share that waits for it."""
+    sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
+    dataset = open_dataset(root, "train", one_phrase=True, augment=RECIPES[args.model].augment, **sizes)
+    size, precision, lines = args.batch_size[-1], partial(autocast, clock.device), []
+    for workers, training in ((1, False), (max(1, args.workers), True))[: 1 + ("train" in args.tasks)]:
+        loader = DataLoader(dataset, size, num_workers=workers, drop_last=True, pin_memory=clock.cuda,
+                            collate_fn=Collate(model.union_encoder.tokenizer), persistent_workers=True)  # fmt: skip
+        for _ in range(2):  # the first pass starts the workers and does not count
+            start = ready = time.perf_counter()
+            waited, images = 0.0, 0
+            for batch in loader:
+                waited, images = waited + time.perf_counter() - ready, images + len(batch["id"])
+                if training:
+                    b = to_device(batch, clock.device)
+                    pictures = model.normalise(b["image"], b["encoder_image"])
+                    step(call, (*pictures, b["ids"], b["lengths"], b["target"]), precision)
+                ready = time.perf_counter()
+        rate, waiting = images / (ready - start), 100 * waited / (ready - start)
+        what = f"beside training, which waits {waiting:.1f} % of the time" if training else "alone"
+        what = f"{args.model} | loader | {what}, {workers} worker{'s' * (workers > 1)}"
+        lines.append(f"| {what} | {size} | {rate:.3g} | {1000 / rate:.4g} | | | |")
+    return lines
+
+
+def profile(model: RS2SAM2, clock: Device, batch) -> str:
+    """Time of a forward pass by part, without compilation; the device is waited for around every part."""
+    trunk, total, started = model.image_encoder.trunk, {}, {}
+    names = ("union_encoder", "mask_prompt", "neck", "prompt_encoder", "decoder_fusion", "mask_decoder")
+    parts = [(name, getattr(model, name)) for name in names] + [("patch embedding", trunk.patch_embed)]
+    for i, block in enumerate(trunk.blocks):
+        stage = f"Hiera, stage {1 + sum(i > end for end in trunk.stage_ends)}"
+        parts += [(stage, block), (f"{stage}: bidirectional adapters", block.space_adapter)]
+        parts += [(f"{stage}: MLP adapters", block.mlp_adapter)]
+
+    def now() -> float:
+        if clock.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def begin(part, args) -> None:
+        started[part] = now()
+
+    def end(name, part, args, out) -> None:
+        total[name] = total.get(name, 0) + now() - started[part]
+
+    hooks = [part.register_forward_pre_hook(begin) for _, part in parts]
+    hooks += [part.register_forward_hook(partial(end, name)) for name, part in parts]
+    for _ in range(2):  # the first is for warming up
+        total.clear()
+        start = now()
+        forward_once(model, batch, partial(autocast, clock.device))
+        whole = now() - start
+    for hook in hooks:
+        hook.remove()
+    lines = [f"| part of a forward pass, batch {len(batch[0])} | ms | share |", "|---|---|---|"]
+    lines += [f"| {name} | {1000 * s:.1f} | {100 * s / whole:.1f} % |" for name, s in total.items()]
+    return "\n".join([*lines, f"| all | {1000 * whole:.1f} | 100 % |"])
+
+
+def measured(args) -> str:
+    """Everything the command line asks for, on the device -> Markdown."""
+    clock = Device(args.device)
+    model = random_model(args.model, args.image_size, args.seed).to(clock.device)
+    if clock.cuda:
+        model.cast_frozen(compute_dtype())
+    model.image_encoder.checkpoint_activations = args.checkpoint_activations
+    work, product = flops(args.model, args.image_size), clock.product()
+    text = (f"{clock.describe()}; {product / 1e12:.2f} TFLOP/s on a large product; {model.preset.image_size} pixels; "
+            f"{work['forward'] / 1e9:,.1f} GFLOP an image forward, {work['train'] / 1e9:,.1f} in training; "
+            f"median of {args.repeats}, seed {args.seed}.\n\n")  # fmt: skip
+    if args.profile:
+        return text + profile(model.eval(), clock, random_batch(model, args.batch_size[-1], clock.device))
+    calls = {"as it is": model} | {f"compiled ({mode})": compiled(model, mode) for mode in args.compile}
+    step = Step(model, args.model) if "train" in args.tasks else None
+    lines = [
+        "| preset | task | variant | batch | images/s | ms an image | MFU | peak GiB | times published |",
+        "|---" * 9 + "|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        root, data, images = Path(folder) / "scenes", None, 4 * max(args.batch_size)
+        if {"evaluate", "loader"} & set(args.tasks):
+            write_scenes(root, {"train": 8 * max(args.batch_size), "val": images}, args.seed)
+            sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
+            data = torch.utils.data.Subset(open_dataset(root, "val", **sizes), range(images))
+        for task in sorted(args.tasks, key=TASKS.index):
+            model.train(task in ("train", "loader"))
+            if not model.training:
+                step = None  # and with it the optimiser's memory
+                model.requires_grad_(False)
+                if clock.cuda:
+                    model.cast_frozen(compute_dtype())  # all weights, as evaluate.py does
+            if task == "loader":
+                lines += loader_rows(args, model, clock, step, [*calls.values()][-1], root)
+                continue
+            results = measure(clock, task_runs(args, task, model, clock, calls, step, data), args.repeats, args.warmup)
+            lines += task_rows(task, results, images if task == "evaluate" else None, work, product, args.model)
+    return text + "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=PRESETS, default="tiny")
+    add("--image-size", type=int, help="default: the preset's")
+    add("--batch-size", type=int, nargs="+", default=[1])
+    add("--tasks", choices=TASKS, nargs="+", default=["forward", "train"])
+    add(
+        "--compile",
+        choices=MODES,
+        nargs="*",
+        default=[],
+        help="time compiled forms too, in these modes of torch.compile",
+    )
+    add("--checkpoint-activations", action="store_true", help="as train.py's")
+    add("--baseline", action="store_true", help="time the published settings too")
+    add("--profile", action="store_true", help="where the time of a forward pass goes, instead of tasks")
+    add("--memory", action="store_true", help="compute FLOPs and the batch that fits, for all presets; measure nothing")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--repeats", type=int, default=10)
+    add("--warmup", type=int, default=3)
+    add("--workers", type=int, default=default_workers(), help="processes that load data (default: as train.py's)")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=ROOT / "BENCHMARKS.md", help="the file to append to (default: BENCHMARKS.md)")
+    args = parser.parse_args()
+    text = "\n\n" + memory_table() if args.memory else measured(args)
+    command = "python tools/benchmark.py " + " ".join(sys.argv[1:])
+    head = f"\n### {time.strftime('%Y-%m-%d')}, `{command}`\n\ntorch {torch.__version__}, revision {revision() or 'unknown'}; "
+    print(head + text)
+    with open(args.out, "a") as f:
+        f.write(head + text + "\n")
+
+
+if __name__ == "__main__":
+    main()

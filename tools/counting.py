@@ -1,0 +1,177 @@
+"""Models without trained weights, and what can be counted of them without a device: FLOPs, bytes, the batch that fits.
+
+    python tools/counting.py            a Markdown table of all presets, in a few minutes
+
+The model runs on fake tensors, which have shapes and no content, so any preset is counted on any machine in seconds.
+"""
+
+import contextlib
+import math
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoints import without_weights  # noqa: E402
+from losses import total_loss  # noqa: E402
+from model import PRESETS, RS2SAM2, Output, count_parameters  # noqa: E402
+from recipe import RECIPES  # noqa: E402
+
+LENGTH = 32  # text tokens, as most phrases are padded to
+CARDS = (16, 24, 80)  # GB
+# What a card's memory is not there for: the CUDA context and the kernels' workspaces; and the gaps between tensors.
+CONTEXT, GAPS = 0.8 * 2**30, 1.05
+
+
+def random_model(name: str, image_size: int | None, seed: int) -> RS2SAM2:
+    """A preset with cheap random weights: uniform with variance 1 / fan-in; the tokeniser is a stand-in for BEiT-3's."""
+    preset = PRESETS[name]
+    torch.manual_seed(seed)
+    with without_weights():
+        model = RS2SAM2(replace(preset, image_size=image_size or preset.image_size))
+    for module in model.modules():
+        for key, p in module.named_parameters(recurse=False):
+            value = torch.zeros(p.shape)
+            if p.dim() > 1:
+                value.uniform_(-1, 1).mul_((3 / max(1, p[0].numel())) ** 0.5)
+            elif key == "weight" and "Norm" in type(module).__name__:
+                value.fill_(1)
+            setattr(module, key, nn.Parameter(value, requires_grad=p.requires_grad))
+    if model.union_encoder.tokenizer is None:
+        model.union_encoder.tokenizer = words_as_ids
+    return model
+
+
+def words_as_ids(phrases: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, L) ids that mean nothing, one a word: BEiT-3's tokeniser comes with its weights, and none are read here."""
+    lengths = torch.tensor([min(len(p.split()), LENGTH - 2) + 2 for p in phrases])  # (B,)
+    return torch.where(torch.arange(LENGTH) < lengths[:, None], 4, 3), lengths
+
+
+def random_batch(model: RS2SAM2, size: int, device) -> tuple:
+    """(image, encoder_image, ids, lengths, target) of a batch whose phrases have 8 to 16 tokens."""
+    S, E = model.preset.image_size, model.union_encoder.image_size
+    lengths = torch.arange(size, device=device) % 9 + 8  # (B,)
+    ids = torch.where(torch.arange(LENGTH, device=device) < lengths[:, None], 4, 3)  # (B, L)
+    target = torch.zeros(size, S, S, dtype=torch.uint8, device=device)
+    target[:, S // 4 : S // 2, S // 4 : S // 2] = 1
+    images = (torch.randn(size, 3, side, side, device=device) for side in (S, E))
+    return *images, ids, lengths, target
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors made while it is on: `live` now, `peak` at most. Works on fake tensors too."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def gone(self, key: int, size: int) -> None:
+        self.live -= size
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.gone, key, size)
+        return out
+
+
+@contextlib.contextmanager
+def fake_model(name: str, image_size: int | None):
+    """A preset on fake tensors, which have shapes and no content: to count FLOPs and bytes in seconds, on any machine."""
+    with without_weights():
+        model = RS2SAM2(replace(PRESETS[name], image_size=image_size or PRESETS[name].image_size))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield model.to_empty(device="cpu")
+
+
+def loss_of(output: Output, target, name: str):
+    recipe = RECIPES[name]
+    terms = total_loss(output, target, dice_weight=recipe.dice, boundary_weight=recipe.boundary, pseudo=recipe.pseudo)
+    return terms["loss"]
+
+
+def counter() -> FlopCounterMode:
+    """torch's counter of FLOPs, with formulas for the CPU's kernel of attention, which torch has none for."""
+    aten = torch.ops.aten
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: 4 * math.prod(q) * k[2],
+        # four products where the forward pass has two; what the kernel computes a second time is not counted
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, *__, **___: 8 * math.prod(q) * k[2],
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def flops(name: str, image_size: int | None = None, backward: bool = True) -> dict[str, int]:
+    """FLOPs of one image, a multiplication and an addition being two: {"forward"[, "train"]}."""
+    counts = {}
+    with fake_model(name, image_size) as model, counter() as count, torch.set_grad_enabled(backward):
+        *inputs, target = random_batch(model, 1, "cpu")
+        output = model(*inputs)
+        counts["forward"] = count.get_total_flops()
+        if backward:
+            loss_of(output, target, name).backward()
+            counts["train"] = count.get_total_flops()
+    return counts
+
+
+def training_memory(name: str, checkpointing: bool) -> tuple[float, float]:
+    """Bytes of a training step in bfloat16 autocast, without compilation: (whatever the batch, for each image).
+
+    The first are weights, gradients, AdamW's two moments, averaged weights and the weights' copies in bfloat16; the
+    second the slope of the largest total of live tensors between 2 and 3 images.
+    """
+    peaks = []
+    with fake_model(name, None) as model:
+        model.cast_frozen(torch.bfloat16)
+        model.image_encoder.checkpoint_activations = checkpointing
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        trained = 4 * count_parameters(model)["trained"]
+        for size in (2, 3):
+            *inputs, target = random_batch(model, size, "cpu")
+            model.zero_grad()
+            with Live() as live:
+                with torch.autocast("cpu", torch.bfloat16):
+                    output = model(*inputs)
+                loss_of(output, target, name).backward()
+            peaks.append(live.peak)
+            del output
+    image = peaks[1] - peaks[0]
+    # Gradients are whole only after the last block's activations are gone: whichever is more.
+    steady = weights + trained * (2 + (RECIPES[name].ema > 0))
+    return steady + max(peaks[0] - 2 * image, trained), image
+
+
+def memory_table() -> str:
+    """For every preset: FLOPs, and the batch that fits each card in training, computed."""
+    lines = ["| preset | GFLOP forward | GFLOP training | checkpointing | GiB fixed | GiB an image | "
+             + " | ".join(f"batch, {card} GB" for card in CARDS) + " |", "|---" * (6 + len(CARDS)) + "|"]  # fmt: skip
+    for name in PRESETS:
+        work = flops(name)
+        for checkpointing in (False, True):
+            fixed, image = training_memory(name, checkpointing)
+            batches = [max(0, math.floor(((card * 2**30 - CONTEXT) / GAPS - fixed) / image)) for card in CARDS]
+            lines.append(
+                f"| {name} | {work['forward'] / 1e9:,.1f} | {work['train'] / 1e9:,.1f} | {'yes' if checkpointing else 'no'} "
+                f"| {fixed / 2**30:.2f} | {image / 2**30:.3f} | " + " | ".join(str(b or "-") for b in batches) + " |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(memory_table())
