@@ -29,7 +29,12 @@ class OpenCLIPTokenizer:
     """
 
     def __init__(self, context: int):
+        self.context = context
         self.bpe = open_clip.SimpleTokenizer(context_length=context)
+
+    def length(self, phrase: str) -> int:
+        """Tokens of the whole phrase, the two special ones included, before it is cut."""
+        return len(self.bpe.encode(phrase)) + 2
 
     def __call__(self, phrases: list[str]) -> tuple[Tensor, Tensor]:
         ids = self.bpe(phrases)  # (B, context), zero after the end-of-text token
@@ -126,6 +131,10 @@ class BEiT3Tokenizer:
 
         self.model, self.context = model, context
         self.pieces = SentencePieceProcessor(model_proto=model)
+
+    def length(self, phrase: str) -> int:
+        """Tokens of the whole phrase, <s> and </s> included, before it is cut."""
+        return len(self.pieces.encode(phrase)) + 2
 
     def __call__(self, phrases: list[str]) -> tuple[Tensor, Tensor]:
         pieces = [self.pieces.encode(p)[: self.context - 2] for p in phrases]

@@ -2,6 +2,7 @@
 
     scene = open_scene(path)                a plain image (PNG, JPEG ...) or, by rasterio, a GeoTIFF of any size
     scene.read(top, left, height, width)    uint8 RGB (height, width, 3), black where there is no data
+    scene.read_all()                        the same of the whole scene
     scene.valid(top, height)                bool (height, W), False where there is no data, or None: data everywhere
     scene.overview                          uint8 RGB, the whole scene, its longest side at most 2,048
     scene.mask_file(path)                   a context whose write(top, uint8 rows (h, W)) makes the mask's file
@@ -30,7 +31,7 @@ NODATA = 127  # of a mask file, where the scene has no data: 0 and 255 are taken
 GEO_TAGS = (33550, 33922, 34264, 34735, 42113)  # of TIFF: scale, tie points, matrix, coordinate system, nodata
 
 
-def open_scene(path, bands: tuple[int, ...] | None = None) -> "PlainImage | RasterFile":
+def open_scene(path, bands: tuple[int, ...] | None = None) -> "Scene":
     """The image at `path`. bands: 1-based numbers of one (grey) or three bands to take for RGB."""
     path = Path(path)
     if not path.is_file():
@@ -75,6 +76,14 @@ def beyond_plain(path: Path) -> str:
         return ""
 
 
+class Scene:
+    height: int
+    width: int
+
+    def read_all(self) -> np.ndarray:
+        return self.read(0, 0, self.height, self.width)
+
+
 # Plain images ----------------------------------------------------------------------------------------------------------
 
 TURNS = {  # by EXIF orientation: how the pixels are turned to be seen as meant
@@ -108,7 +117,7 @@ def pil_pixels(image: Image.Image) -> np.ndarray:
     return turn(pixels) if turn else pixels
 
 
-class PlainImage:
+class PlainImage(Scene):
     """An image in memory. pixels: (H, W) or (H, W, 1, 3 or 4) of any depth; a fourth channel is alpha."""
 
     suffix = ".png"  # of its mask
@@ -177,7 +186,7 @@ def stretch(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:
 # Through rasterio ------------------------------------------------------------------------------------------------------
 
 
-class RasterFile:
+class RasterFile(Scene):
     """A file that rasterio reads by windows; see the head of this file. `reason`: why it is not a plain image.
 
     crs and transform place it on Earth; crs is None where the file says nothing.
@@ -286,8 +295,8 @@ class RasterMask:
 # Polygons --------------------------------------------------------------------------------------------------------------
 
 
-def write_polygons(mask_path: Path, path: Path, properties: dict) -> int:
-    """The mask GeoTIFF's foreground as GeoJSON in WGS 84 (longitude, latitude), holes kept -> how many polygons.
+def write_polygons(mask_path: Path, path: Path, properties: dict) -> dict:
+    """The mask GeoTIFF's foreground as GeoJSON in WGS 84 (longitude, latitude), holes kept -> {"polygon_count", "area_m2"}.
 
     A feature's properties are the given ones and area_m2: of its pixels, before the outline is simplified at half a
     pixel. The mask's file must have a coordinate system; one that can't be led to WGS 84 is a DataError.
@@ -296,7 +305,7 @@ def write_polygons(mask_path: Path, path: Path, properties: dict) -> int:
     from rasterio._err import CPLE_BaseError  # what a projection that fails raises; rasterio has no public name for it
     from rasterio.features import shapes
 
-    count = 0
+    count, total = 0, 0.0
     with rasterio.open(mask_path) as file, open(path, "w", encoding="utf-8") as out:
         out.write('{"type": "FeatureCollection", "features": [')
         band = rasterio.band(file, 1)
@@ -312,9 +321,9 @@ def write_polygons(mask_path: Path, path: Path, properties: dict) -> int:
             geometry = {"type": "Polygon", "coordinates": lines}
             feature = {"type": "Feature", "properties": properties | {"area_m2": round(area, 2)}, "geometry": geometry}
             out.write((",\n" if count else "\n") + json.dumps(feature, ensure_ascii=False))
-            count += 1
+            count, total = count + 1, total + area
         out.write("\n]}\n")
-    return count
+    return {"polygon_count": count, "area_m2": round(total, 2)}
 
 
 def simplified(ring: np.ndarray) -> np.ndarray:

@@ -18,19 +18,84 @@ own border, where it sees objects cut off, counts little. Only the rows of one b
 """
 
 import itertools
+import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 from data import resize_image
 from evaluate import autocast
+from layouts import DataError, clean_phrase
+from raster import PlainImage, open_scene, pil_pixels
 
 LARGE = 2048  # pixels a side: beyond, a scene is tiled by itself
 TILE = 1024  # pixels a side of a tile, where none is given
 MARGIN = 2  # cells of the coarse mask, by which it is grown
 TILINGS = ("scene", "independent")
+
+
+def segment(model, image, phrase, tile: int | None = None, tiling: str = "scene", batch: int = 8):
+    """The mask of what the phrase names: bool (H, W), of the image as it is meant to be seen (EXIF rotation obeyed).
+
+    image: a path, a PIL image or uint8 RGB (H, W, 3). phrase: a string. A list of images, of phrases or of both gives a
+    list of masks; two lists are pairs. Images over LARGE pixels a side are cut into tiles by themselves, those over
+    `tile` where it is given; `tiling` is one of TILINGS, see the head of this file. DataError in one sentence.
+    """
+    if tiling not in TILINGS:
+        raise DataError(f"tiling {tiling!r} is unknown: it is one of {', '.join(TILINGS)}.")
+    many = [isinstance(x, (list, tuple)) for x in (image, phrase)]
+    length = max((len(x) for x, listed in zip((image, phrase), many) if listed), default=1)
+    images, phrases = (list(x) if listed else [x] * length for x, listed in zip((image, phrase), many))
+    if len(images) != len(phrases):
+        raise DataError(f"{len(images)} images and {len(phrases)} phrases are no pairs: give as many of both.")
+    phrases = [clean_phrase(text, f"phrase {n}") for n, text in enumerate(phrases, start=1)]
+    for note in filter(None, (cut_note(model, text) for text in phrases)):
+        warnings.warn(note, stacklevel=3)
+    masks = []
+    for some in batches(zip(images, phrases), batch):
+        scenes = [as_scene(image) for image, _ in some]
+        small = [n for n, scene in enumerate(scenes) if not is_large(scene, tile)]
+        logits = iter(())
+        if small:
+            looks = model_logits(model, [scenes[n].read_all() for n in small], [some[n][1] for n in small])
+            logits = iter(looks.split(1))
+        for scene, (_, text) in zip(scenes, some):
+            if is_large(scene, tile):
+                mask = np.zeros((scene.height, scene.width), bool)
+                for top, rows in segment_rows(model, scene, text, tile, tiling, batch):
+                    mask[top : top + len(rows)] = rows > 0
+            else:
+                mask = at_size(next(logits), (scene.height, scene.width)) > 0
+            valid = scene.valid(0, scene.height)
+            masks.append(mask if valid is None else mask & valid)
+    return masks if any(many) else masks[0]
+
+
+def as_scene(image):
+    """A scene (see raster.py) of a path, a PIL image or a uint8 array (H, W, 3)."""
+    if isinstance(image, (str, Path)):
+        return open_scene(image)
+    if isinstance(image, Image.Image):
+        return PlainImage(pil_pixels(image))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DataError(f"An image is a path, a PIL image or a uint8 array (H, W, 3), not {found}.")
+    if 0 in image.shape:
+        raise DataError(f"The image is empty: its shape is {image.shape}.")
+    return PlainImage(image)
+
+
+def cut_note(model, phrase: str) -> str:
+    """A sentence where the phrase is longer than the model reads, else ''."""
+    tokenizer = model.union_encoder.tokenizer
+    length = tokenizer.length(phrase)
+    if length <= tokenizer.context:
+        return ""
+    return f"The phrase has {length:,} tokens, the model reads the first {tokenizer.context}: what follows has no say."
 
 
 @torch.inference_mode()
@@ -82,8 +147,11 @@ class Coarse:
         return down @ grid @ across.T
 
     def wants(self, *window) -> bool:
-        """Whether the grown mask reaches into the window (top, left, height, width)."""
-        return bool((self.at(self.grown, *window) > 0).any())
+        """Whether the grown mask has a cell that the window (top, left, height, width) takes from."""
+        top, left, height, width = window
+        down = interpolation(self.grown.shape[0], self.size[0], top, top + height).any(axis=0)  # (h,)
+        across = interpolation(self.grown.shape[1], self.size[1], left, left + width).any(axis=0)  # (w,)
+        return bool((self.grown[np.ix_(down, across)] > 0).any())
 
     def vote(self, logits: np.ndarray, *window) -> float:
         """The weight of a tile's logits at the window: the IoU of its mask, inside the grown one, and the coarse mask."""
