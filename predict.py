@@ -70,7 +70,9 @@ def find_jobs(places: list[Path], phrases: list[str]) -> list[Job]:
     by_image = {}  # an image is opened once, for all its phrases
     for image, phrase, fault in wanted:
         by_image.setdefault(image, []).append((phrase, fault))
-    return [Job(i, phrase, n, fault) for i, asked in by_image.items() for n, (phrase, fault) in enumerate(asked, start=1)]
+    return [
+        Job(i, phrase, n, fault) for i, asked in by_image.items() for n, (phrase, fault) in enumerate(asked, start=1)
+    ]
 
 
 def read_list(path: Path) -> list[tuple[Path, str, str]]:
@@ -99,9 +101,11 @@ def stems(images: list[Path]) -> dict[Path, str]:
 
 
 def slug(phrase: str) -> str:
-    """The phrase's letters and digits for a file's name, at most 40 of them and 90 bytes."""
-    words = "".join(c if c.isalnum() else " " for c in phrase.lower()).split()
-    return "-".join(words)[:40].encode()[:90].decode(errors="ignore").strip("-") or "phrase"
+    """The phrase's letters and digits for a file's name, cut between words where there are any to 40 characters."""
+    text = "-".join("".join(c if c.isalnum() else " " for c in phrase.lower()).split())
+    if len(text) > 40:
+        text = text[:41].rpartition("-")[0] or text[:40]
+    return text or "phrase"
 
 
 class Tally:
@@ -285,6 +289,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; by itself GDAL takes a twentieth of the machine's memory
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as on an interrupt, nothing half-written stays
     args = parse_args()
     try:

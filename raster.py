@@ -309,10 +309,10 @@ def write_polygons(mask_path: Path, path: Path, properties: dict) -> dict:
     with rasterio.open(mask_path) as file, open(path, "w", encoding="utf-8") as out:
         out.write('{"type": "FeatureCollection", "features": [')
         band = rasterio.band(file, 1)
-        for shape, value in shapes(band, mask=band):  # reads the file by windows; corners in pixels
+        for shape, value in shapes(band, mask=band):  # reads the file by windows; gives corners in its CRS
             if value != 255:
                 continue
-            rings = [np.array(ring, np.int32) for ring in shape["coordinates"]]
+            rings = [moved(np.array(ring), ~file.transform).round().astype(np.int32) for ring in shape["coordinates"]]
             try:
                 area = area_m2(rings, file)
                 lines = [close(to_crs(simplified(ring), file, "EPSG:4326"), hole=n > 0) for n, ring in enumerate(rings)]
@@ -332,13 +332,17 @@ def simplified(ring: np.ndarray) -> np.ndarray:
     return fewer if len(fewer) > 2 else ring[:-1]
 
 
+def moved(points: np.ndarray, affine) -> np.ndarray:
+    """Points (n, 2) through an affine transform, as of pixels (x, y) to the file's coordinates."""
+    a, b, c, d, e, f = affine[:6]
+    return points @ np.array([[a, d], [b, e]]) + (c, f)
+
+
 def to_crs(points: np.ndarray, file, crs) -> np.ndarray:
     """Points (n, 2) in pixels (x, y) of the file -> float64 (n, 2) in another coordinate system."""
     from rasterio.warp import transform
 
-    a, b, c, d, e, f = file.transform[:6]
-    x, y = points.T.astype(np.float64)
-    x, y = a * x + b * y + c, d * x + e * y + f
+    x, y = moved(points, file.transform).T
     return np.stack(transform(file.crs, crs, x, y), axis=1)
 
 
