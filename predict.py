@@ -9,7 +9,8 @@ Into the folder --out go, for phrase n of an image, all or none of:
     <image's stem>-<n>-<phrase>.png           the mask, 0 and 255, as large as the image; for a GeoTIFF, or an image too
                                               large to be decoded whole, a .tif in the same place on Earth
     <image's stem>-<n>-<phrase>-overlay.png   the image with the mask lit and the phrase below, at most 1,600 pixels a side
-    <image's stem>-<n>-<phrase>.geojson       the mask's polygons in WGS 84, for a GeoTIFF
+    <image's stem>-<n>-<phrase>.geojson       for a GeoTIFF, the mask's polygons in WGS 84 with phrase,
+                                              confidence (the whole mask's) and area_m2 (each polygon's)
     results.jsonl                             a line for each result is added; a later line for the same mask replaces it
 
 Where two images of a run share a stem, eight digits of a digest of their path follow it. In results.jsonl: area_share
@@ -38,7 +39,8 @@ from tqdm import tqdm
 from checkpoints import CheckpointError, load_checkpoint
 from layouts import IMAGE_SUFFIXES, DataError, clean_phrase, read_text
 from overlay import SmallMask, overlay
-from raster import NODATA, open_scene, write_polygons
+from polygons import write_polygons
+from raster import NODATA, open_scene
 from runs import number
 from tiles import LARGE, TILE, TILINGS, at_size, cut_note, is_large, model_logits, segment_rows
 

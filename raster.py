@@ -1,4 +1,4 @@
-"""Images of any kind behind one interface, read by windows; masks written by rows; masks to polygons.
+"""Images of any kind behind one interface, read by windows; masks written by rows.
 
     scene = open_scene(path)                a plain image (PNG, JPEG ...) or, by rasterio, a GeoTIFF of any size
     scene.read(top, left, height, width)    uint8 RGB (height, width, 3), black where there is no data
@@ -14,7 +14,6 @@ band is stretched from its 2nd to its 98th percentile, taken from a reduced pict
 """
 
 import contextlib
-import json
 import warnings
 from pathlib import Path
 
@@ -32,7 +31,9 @@ GEO_TAGS = (33550, 33922, 34264, 34735, 42113)  # of TIFF: scale, tie points, ma
 
 
 def open_scene(path, bands: tuple[int, ...] | None = None) -> "Scene":
-    """The image at `path`. bands: 1-based numbers of one (grey) or three bands to take for RGB."""
+    """The image at `path`. bands: 1-based numbers of one (grey) or three bands to take for RGB.
+
+    EXIF orientation is obeyed where the image is decoded whole; rasterio gives pixels as they are stored."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"There is no image {path}: check the name.")
@@ -100,8 +101,15 @@ def read_pixels(path: Path) -> np.ndarray:
             pixels = np.asarray(header.convert("RGB"))
         elif pixels.ndim == 3:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
-        # OpenCV turns TIFFs by itself.
-        turn = TURNS.get(header.getexif().get(0x0112)) if header.format != "TIFF" else None
+        return pixels if header.format == "TIFF" else turned(pixels, header)  # OpenCV turns TIFFs by itself
+
+
+def turned(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """The pixels as the image's EXIF orientation says; EXIF data that can't be read says nothing."""
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # a damaged block can raise nearly anything
+        turn = None
     return turn(pixels) if turn else pixels
 
 
@@ -113,8 +121,7 @@ def pil_pixels(image: Image.Image) -> np.ndarray:
         pixels = np.asarray(image.convert("RGBA"))
     else:
         pixels = np.asarray(image.convert("RGB"))
-    turn = TURNS.get(image.getexif().get(0x0112))
-    return turn(pixels) if turn else pixels
+    return turned(pixels, image)
 
 
 class PlainImage(Scene):
@@ -290,83 +297,3 @@ class RasterMask:
 
     def write(self, top: int, rows: np.ndarray) -> None:
         self.file.write(rows, 1, window=((top, top + rows.shape[0]), (0, rows.shape[1])))
-
-
-# Polygons --------------------------------------------------------------------------------------------------------------
-
-
-def write_polygons(mask_path: Path, path: Path, properties: dict) -> dict:
-    """The mask GeoTIFF's foreground as GeoJSON in WGS 84 (longitude, latitude), holes kept -> {"polygon_count", "area_m2"}.
-
-    A feature's properties are the given ones and area_m2: of its pixels, before the outline is simplified at half a
-    pixel. The mask's file must have a coordinate system; one that can't be led to WGS 84 is a DataError.
-    """
-    import rasterio
-    from rasterio._err import CPLE_BaseError  # what a projection that fails raises; rasterio has no public name for it
-    from rasterio.features import shapes
-
-    count, total = 0, 0.0
-    with rasterio.open(mask_path) as file, open(path, "w", encoding="utf-8") as out:
-        out.write('{"type": "FeatureCollection", "features": [')
-        band = rasterio.band(file, 1)
-        for shape, value in shapes(band, mask=band):  # reads the file by windows; gives corners in its CRS
-            if value != 255:
-                continue
-            rings = [moved(np.array(ring), ~file.transform).round().astype(np.int32) for ring in shape["coordinates"]]
-            try:
-                area = area_m2(rings, file)
-                lines = [close(to_crs(simplified(ring), file, "EPSG:4326"), hole=n > 0) for n, ring in enumerate(rings)]
-            except (rasterio.errors.RasterioError, rasterio.errors.CRSError, CPLE_BaseError) as error:
-                raise DataError(f"its coordinate system can't be led to WGS 84 ({str(error)[:100]})") from None
-            geometry = {"type": "Polygon", "coordinates": lines}
-            feature = {"type": "Feature", "properties": properties | {"area_m2": round(area, 2)}, "geometry": geometry}
-            out.write((",\n" if count else "\n") + json.dumps(feature, ensure_ascii=False))
-            count, total = count + 1, total + area
-        out.write("\n]}\n")
-    return {"polygon_count": count, "area_m2": round(total, 2)}
-
-
-def simplified(ring: np.ndarray) -> np.ndarray:
-    """Closed ring (n, 2) of pixel corners -> open ring without what is within half a pixel of a straight line."""
-    fewer = cv2.approxPolyDP(ring[:-1, None], 0.5, closed=True)[:, 0]
-    return fewer if len(fewer) > 2 else ring[:-1]
-
-
-def moved(points: np.ndarray, affine) -> np.ndarray:
-    """Points (n, 2) through an affine transform, as of pixels (x, y) to the file's coordinates."""
-    a, b, c, d, e, f = affine[:6]
-    return points @ np.array([[a, d], [b, e]]) + (c, f)
-
-
-def to_crs(points: np.ndarray, file, crs) -> np.ndarray:
-    """Points (n, 2) in pixels (x, y) of the file -> float64 (n, 2) in another coordinate system."""
-    from rasterio.warp import transform
-
-    x, y = moved(points, file.transform).T
-    return np.stack(transform(file.crs, crs, x, y), axis=1)
-
-
-def close(line: np.ndarray, hole: bool) -> list[list[float]]:
-    """A closed ring of GeoJSON: counter-clockwise outside, clockwise for a hole; to a millimetre."""
-    line = line if (signed_area(line) < 0) == hole else line[::-1]
-    return np.concatenate([line, line[:1]]).round(8).tolist()
-
-
-def signed_area(ring: np.ndarray) -> float:
-    """Of an open ring (n, 2): positive where it runs counter-clockwise."""
-    x, y = (ring - ring[0]).T
-    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
-
-
-def area_m2(rings: list[np.ndarray], file) -> float:
-    """True area of a polygon of pixel corners, whatever the file's projection: measured in an equal-area one around it.
-
-    Edges are cut into pieces of at most 32 pixels, since what is straight in one projection is bent in another."""
-    (longitude, latitude), *_ = to_crs(rings[0].mean(axis=0, keepdims=True), file, "EPSG:4326")
-    local = f"+proj=laea +lat_0={latitude} +lon_0={longitude} +datum=WGS84 +units=m"
-    areas = []
-    for ring in rings:
-        lengths = np.abs(np.diff(ring, axis=0)).max(axis=1)  # edges of pixels run along the axes
-        parts = [np.linspace(a, b, -(-n // 32), endpoint=False) for a, b, n in zip(ring[:-1], ring[1:], lengths)]
-        areas.append(abs(signed_area(to_crs(np.concatenate(parts), file, local))))
-    return areas[0] - sum(areas[1:])

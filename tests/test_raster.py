@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 import raster
 from data import read_image
 from layouts import DataError
-from raster import NODATA, PlainImage, RasterFile, open_scene, pil_pixels, write_polygons
+from polygons import moved, signed_area, simplified, write_polygons
+from raster import NODATA, PlainImage, RasterFile, open_scene, pil_pixels
 
 rng = np.random.default_rng(0)
 RGBA = rng.integers(0, 256, (40, 30, 4), dtype=np.uint8)
@@ -296,7 +297,7 @@ def test_polygons_lie_where_the_mask_lies_and_have_its_area(tmp_path, crs, trans
         assert feature["properties"]["phrase"] == "the ring" and feature["properties"]["confidence"] == 0.75
         for n, ring in enumerate(np.array(ring) for ring in feature["geometry"]["coordinates"]):
             assert np.array_equal(ring[0], ring[-1])
-            assert (raster.signed_area(ring[:-1]) < 0) == (n > 0)  # as RFC 7946 wants them
+            assert (signed_area(ring[:-1]) < 0) == (n > 0)  # as RFC 7946 wants them
     first = max(collection["features"], key=lambda feature: feature["properties"]["area_m2"])
     assert len(first["geometry"]["coordinates"]) == 2  # the hole
     outline = np.array(first["geometry"]["coordinates"][0])
@@ -308,7 +309,7 @@ def test_polygons_lie_where_the_mask_lies_and_have_its_area(tmp_path, crs, trans
     again = rasterize(shapes, mask.shape, transform=rasterio.Affine(*transform)) > 0
     edge = cv2.dilate(mask, np.ones((3, 3))) != cv2.erode(mask, np.ones((3, 3)))
     assert np.array_equal(again[~edge], mask[~edge] > 0) and (again != (mask > 0)).mean() < 0.01
-    place = raster.moved(np.array([[100.0, 90.0]]), transform)
+    place = moved(np.array([[100.0, 90.0]]), transform)
     longitude, latitude = to(crs, "EPSG:4326", *place.T)
     assert np.allclose(outline.mean(axis=0), (longitude[0], latitude[0]), atol=6 * np.ptp(outline) / 140)
 
@@ -321,7 +322,7 @@ def test_polygons_lie_where_the_mask_lies_and_have_its_area(tmp_path, crs, trans
         top = 52.0 - 0.001 * np.arange(mask.shape[0])
         truth = (wgs84_belt(top, top - 0.001) * 0.001 / 360 * (mask > 0).sum(axis=1)).sum()
     else:
-        x, y = raster.moved(np.argwhere(mask)[:, ::-1] + 0.5, transform).T
+        x, y = moved(np.argwhere(mask)[:, ::-1] + 0.5, transform).T
         truth = pixel * np.mean(cell_areas(crs, x, y)) * (mask > 0).sum()
     assert facts["area_m2"] == pytest.approx(truth, rel=2e-5)
     assert sum(f["properties"]["area_m2"] for f in collection["features"]) == pytest.approx(facts["area_m2"], abs=0.02)
@@ -353,6 +354,40 @@ def cell_areas(crs, x, y):
     north = np.radians(lat) * a * (1 - e2) / (1 - e2 * s**2) ** 1.5
     area = (east * np.roll(north, -1, 0) - np.roll(east, -1, 0) * north).sum(axis=0) / 2
     return np.abs(area) / 100**2
+
+
+def crossings(rings):
+    """Pairs of edges of closed outlines that cross properly."""
+    a = np.concatenate(rings).astype(float)
+    b = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings]).astype(float)
+
+    def side(p, q, r):  # (n, n): on which side of the line p-q lies r
+        return np.sign((q - p)[..., 0] * (r - p)[..., 1] - (q - p)[..., 1] * (r - p)[..., 0])
+
+    p, q, r, s = a[:, None], b[:, None], a[None], b[None]
+    return int(((side(p, q, r) * side(p, q, s) < 0) & (side(r, s, p) * side(r, s, q) < 0)).sum()) // 2
+
+
+@pytest.mark.parametrize("blur", [0, 1, 2, 4])
+def test_simplified_outlines_stay_near_and_never_cross(blur):
+    shapes = pytest.importorskip("rasterio.features").shapes
+    noise = np.random.default_rng(blur).normal(size=(60, 60))
+    mask = ((cv2.GaussianBlur(noise, (0, 0), blur) if blur else noise) > -0.05).astype(np.uint8)
+    checked = fewer = 0
+    for shape, value in shapes(mask):
+        if not value:
+            continue
+        rings = [np.array(ring[:-1], np.int32) for ring in shape["coordinates"]]
+        lines = [simplified(ring, rings) for ring in rings]
+        assert crossings(lines) == 0
+        for line, ring in zip(lines, rings):
+            assert len(line) >= 3 and abs(abs(signed_area(line)) - abs(signed_area(ring))) <= 0.5 * len(ring)
+            for point in ring:  # to the nearest of the outline's edges
+                p, q = line.astype(float), np.roll(line, -1, axis=0).astype(float)
+                along = np.clip(((point - p) * (q - p)).sum(1) / ((q - p) ** 2).sum(1), 0, 1)
+                assert np.hypot(*(p + along[:, None] * (q - p) - point).T).min() <= 0.5 + 1e-6
+            checked, fewer = checked + len(ring), fewer + len(line)
+    assert checked > 100 and fewer < checked
 
 
 def test_an_empty_mask_has_no_polygons_and_nodata_is_none(tmp_path):
