@@ -55,7 +55,7 @@ def corners(ring: list, file) -> np.ndarray:
 def outlines(polygons: list[list[np.ndarray]], file) -> list[list]:
     """Polygons of pixel corners -> their simplified rings as GeoJSON wants them: closed, in longitude and latitude to a
     millimetre, counter-clockwise outside and clockwise for a hole."""
-    lines = iter(projected([simplified(ring, rings) for rings in polygons for ring in rings], file, "EPSG:4326"))
+    lines = iter(projected([simplified(ring) for rings in polygons for ring in rings], file, "EPSG:4326"))
     found = []
     for rings in polygons:
         found.append([])
@@ -66,23 +66,10 @@ def outlines(polygons: list[list[np.ndarray]], file) -> list[list]:
     return found
 
 
-def simplified(ring: np.ndarray, rings: list[np.ndarray]) -> np.ndarray:
-    """Open ring of a polygon's rings without what is within half a pixel of a straight line.
-
-    Corners where the polygon touches itself stay: else its outline could cross itself there."""
-    each, counts = np.unique(np.concatenate(rings), axis=0, return_counts=True)
-    touching = {tuple(corner) for corner in each[counts > 1]}
-    at = [n for n, corner in enumerate(map(tuple, ring)) if corner in touching] if touching else []
-    if not at:
-        fewer = cv2.approxPolyDP(ring[:, None], 0.5, closed=True)[:, 0]
-        return fewer if len(fewer) > 2 else ring
-    ring = np.roll(ring, -at[0], axis=0)
-    ends = [n - at[0] for n in at] + [len(ring)]
-    ring = np.concatenate([ring, ring[:1]])
-    parts = [ring[a : b + 1] for a, b in zip(ends, ends[1:])]
-    # A piece that comes back to where it began has no line from end to end: it is cut in half.
-    halves = [h for p in parts for h in ((p[: len(p) // 2 + 1], p[len(p) // 2 :]) if (p[0] == p[-1]).all() else (p,))]
-    return np.concatenate([cv2.approxPolyDP(half[:, None], 0.5, closed=False)[:-1, 0] for half in halves])
+def simplified(ring: np.ndarray) -> np.ndarray:
+    """Open ring of pixel corners without what is within half a pixel of a straight line."""
+    fewer = cv2.approxPolyDP(ring[:, None], 0.5, closed=True)[:, 0]
+    return fewer if len(fewer) > 2 else ring
 
 
 def areas_m2(polygons: list[list[np.ndarray]], file) -> list[float]:

@@ -378,7 +378,7 @@ def test_simplified_outlines_stay_near_and_never_cross(blur):
         if not value:
             continue
         rings = [np.array(ring[:-1], np.int32) for ring in shape["coordinates"]]
-        lines = [simplified(ring, rings) for ring in rings]
+        lines = [simplified(ring) for ring in rings]
         assert crossings(lines) == 0
         for line, ring in zip(lines, rings):
             assert len(line) >= 3 and abs(abs(signed_area(line)) - abs(signed_area(ring))) <= 0.5 * len(ring)
