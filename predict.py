@@ -54,6 +54,11 @@ class Job(NamedTuple):
 
 def find_jobs(places: list[Path], phrases: list[str]) -> list[Job]:
     """What is asked for: every phrase for every image, and the rows of CSV files. DataError where there is nothing."""
+    lists = [place for place in places if place.suffix.lower() == ".csv"]
+    if phrases and len(lists) == len(places):
+        raise DataError("A CSV has phrases of its own: leave out --phrase, or name images too.")
+    if not phrases and len(lists) < len(places):
+        raise DataError("There is nothing to find: give the images a --phrase, or name a CSV with rows image,phrase.")
     wanted = []
     for place in places:
         if place.is_dir():
@@ -63,12 +68,12 @@ def find_jobs(places: list[Path], phrases: list[str]) -> list[Job]:
             wanted += [(path, phrase, "") for path in files for phrase in phrases]
         elif not place.exists():
             raise DataError(f"There is no image, folder or CSV {place}: check the name.")
-        elif place.suffix.lower() == ".csv":
+        elif place in lists:
             wanted += read_list(place)
         else:
             wanted += [(place, phrase, "") for phrase in phrases]
     if not wanted:
-        raise DataError("There is nothing to do: give a --phrase for the images, or a CSV with rows image,phrase.")
+        raise DataError(f"{', '.join(map(str, places))} has no rows: write image,phrase and what to find below it.")
     by_image = {}  # an image is opened once, for all its phrases
     for image, phrase, fault in wanted:
         by_image.setdefault(image, []).append((phrase, fault))
@@ -255,7 +260,8 @@ class Predictor:
 
 def readable(line: dict, mask: Path) -> str:
     """A result in words."""
-    phrase = line["phrase"] if len(line["phrase"]) <= 60 else line["phrase"][:57] + "..."
+    phrase = " ".join(line["phrase"].split())
+    phrase = phrase if len(phrase) <= 60 else phrase[:57] + "..."
     if line["bbox"]:
         left, top, width, height = line["bbox"]
         found = f"{100 * line['area_share']:.2f} % of the image, {width} x {height} pixels at ({left}, {top})"

@@ -251,8 +251,8 @@ class RasterFile(Scene):
     def load(self, window, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         """The chosen bands (h, w, 3) at their own depth, and where they are valid (h, w) or None; reduced to `shape`."""
         kinds = self.rasterio.enums.Resampling
+        options = {"window": window, "out_shape": (len(self.bands), *shape)}
         with self.sound():
-            options = {"window": window, "out_shape": (len(self.bands), *shape)}
             resampling = kinds.nearest if self.palette is not None else kinds.average
             pixels = self.file.read(self.bands, resampling=resampling, **options).transpose(1, 2, 0)
             valid = self.file.read_masks(self.bands, **options).any(axis=0) if self.masked else None
@@ -272,9 +272,11 @@ class RasterFile(Scene):
         return self.colour(*self.load(((top, top + height), (left, left + width)), (height, width)))
 
     def valid(self, top: int, height: int) -> np.ndarray | None:
-        if not self.masked:
-            return None
-        return self.load(((top, top + height), (0, self.width)), (height, self.width))[1]
+        window = (top, top + height), (0, self.width)
+        if self.floats:  # which may hold NaN
+            return self.load(window, (height, self.width))[1]
+        with self.sound():
+            return self.file.read_masks(self.bands, window=window).any(axis=0) if self.masked else None
 
     @contextlib.contextmanager
     def mask_file(self, path: Path):

@@ -34,6 +34,7 @@ from raster import PlainImage, open_scene, pil_pixels
 
 LARGE = 2048  # pixels a side: beyond, a scene is tiled by itself
 TILE = 1024  # pixels a side of a tile, where none is given
+STRIP = 256  # rows that are given out at once
 MARGIN = 2  # cells of the coarse mask, by which it is grown
 TILINGS = ("scene", "independent")
 
@@ -125,7 +126,7 @@ def is_large(scene, tile: int | None) -> bool:
 
 
 def segment_rows(model, scene, phrase: str, tile: int | None = None, tiling: str = "scene", batch: int = 8):
-    """Yield (top, logits (h, W) float32) of consecutive bands of rows from top to bottom: a large scene in tiles."""
+    """Yield (top, logits (h, W) float32) of consecutive strips of rows from top to bottom: a large scene in tiles."""
     coarse = None if tiling == "independent" else Coarse(model, scene, phrase)
     for top, logits in blend(model, scene, phrase, tile or TILE, batch, coarse):
         yield top, coarse.refined(top, logits) if coarse else logits
@@ -185,7 +186,7 @@ def window(length: int) -> np.ndarray:
 
 
 def blend(model, scene, phrase: str, tile: int, batch: int, coarse: Coarse | None = None):
-    """Yield (top, logits (h, W)) of bands of rows: the tiles' logits, averaged by their windows.
+    """Yield (top, logits (h, W)) of strips of rows: the tiles' logits, averaged by their windows.
 
     With a coarse mask, tiles it does not want are not run and say 0, neither yes nor no; the others have their vote.
     """
@@ -207,7 +208,9 @@ def blend(model, scene, phrase: str, tile: int, batch: int, coarse: Coarse | Non
                 sums[:, left : left + width] += vote * logits * (down[:, None] * across)
         weight_down += down
         done = following - top  # rows that no later tile reaches
-        yield top, sums[:done] / (weight_down[:done, None] * weight_across)
+        for row in range(0, done, STRIP):
+            rows = slice(row, min(row + STRIP, done))
+            yield top + row, sums[rows] / (weight_down[rows, None] * weight_across)
         for held in (sums, weight_down):
             held[: height - done] = held[done:].copy()
             held[height - done :] = 0

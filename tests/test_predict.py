@@ -217,12 +217,21 @@ def test_jobs_of_folders_lists_and_images(tmp_path):
     ]  # fmt: skip
     assert "line 5" in jobs[3].fault and not any(job.fault for job in jobs[:3])
     (tmp_path / "empty").mkdir()
-    table.write_text("file,phrase\na,b\n")
-    for place, said in ((table, "column image"), (tmp_path / "empty", "no image"), (tmp_path / "none", "no image")):
+    for places, phrases, said in (
+        ([tmp_path / "empty"], ["x"], "no image"), ([tmp_path / "none"], ["x"], "no image"), ([table], ["x"], "of its own"),
+        ([tmp_path / "b.png"], [], "--phrase"), ([tmp_path / "b.png", table], [], "--phrase"),
+    ):  # fmt: skip
         with pytest.raises(DataError, match=said):
-            find_jobs([place], ["x"])
-    with pytest.raises(DataError, match="--phrase"):
-        find_jobs([tmp_path / "b.png"], [])
+            find_jobs(places, phrases)
+    assert len(find_jobs([tmp_path / "b.png", table], ["x"])) == 5
+    for content, said in (
+        ("file,phrase\na,b\n", "column image"),
+        ("image,phrase\n", "no rows"),
+        ("", "columns? image"),
+    ):
+        table.write_text(content)
+        with pytest.raises(DataError, match=said):
+            find_jobs([table], [])
 
 
 def test_the_reduced_mask_keeps_what_is_small():
