@@ -61,7 +61,7 @@ def open_dataset(
 # From files to arrays. What goes wrong here is a ValueError that names the file; the data set adds the sample.
 
 
-def decode(path, flags):
+def decode(path, flags, limit=MAX_PIXELS):
     """The pixels of an image file as cv2 gives them: (H, W) or, with channels in the order BGRA, (H, W, 3 or 4)."""
     try:
         data = Path(path).read_bytes()
@@ -69,8 +69,8 @@ def decode(path, flags):
             (width, height), kind = header.size, header.format
     except Exception as error:  # a hostile header can raise nearly anything
         raise ValueError(f"{path} can't be read: {getattr(error, 'strerror', None) or 'not a sound image'}") from None
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{path} claims {width} x {height} pixels, more than {MAX_PIXELS:,}")
+    if width * height > limit:
+        raise ValueError(f"{path} claims {width} x {height} pixels, more than {limit:,}")
     # A JPEG that is cut off decodes, with grey for the rest; but no end marker FFD9 comes after the last scan's start
     # FFDA. (The markers of an embedded thumbnail come before.) Other formats fail by themselves.
     if kind in ("JPEG", "MPO") and data.find(b"\xff\xd9", data.rfind(b"\xff\xda")) < 0:

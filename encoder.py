@@ -40,6 +40,10 @@ class OpenCLIPTokenizer:
     def __init__(self, context: int):
         self.bpe, self.context = open_clip.SimpleTokenizer(context_length=context), context
 
+    def length(self, phrase: str) -> int:
+        """Tokens of the whole phrase, the two special ones included, before it is cut."""
+        return len(self.bpe.encode(phrase)) + 2
+
     def __call__(self, phrases: list[str]) -> tuple[Tensor, Tensor]:
         ids = self.bpe(phrases)  # (B, context), zero after the end-of-text token
         lengths = ids.argmax(1) + 1  # (B,)  end of text is the highest id
@@ -135,6 +139,10 @@ class BEiT3Tokenizer:
 
         self.model, self.context = model, context
         self.pieces = SentencePieceProcessor(model_proto=model)
+
+    def length(self, phrase: str) -> int:
+        """Tokens of the whole phrase, <s> and </s> included, before it is cut."""
+        return len(self.pieces.encode(phrase)) + 2
 
     def __call__(self, phrases: list[str]) -> tuple[Tensor, Tensor]:
         pieces = [self.pieces.encode(p)[: self.context - 2] for p in phrases]

@@ -228,6 +228,21 @@ class RS2SAM2(nn.Module):
                     if not p.requires_grad:
                         p.data = p.data.to(dtype)
 
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str | None = None) -> "RS2SAM2":
+        """The model of a checkpoint, ready to `segment`, on `device`: by default the CUDA card where there is one."""
+        from checkpoints import load_checkpoint  # it imports this file
+
+        return load_checkpoint(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))[0]
+
+    def segment(self, image, phrase, **options):
+        """The mask of what the phrase names, bool (H, W); image: a path, a PIL image or uint8 RGB (H, W, 3).
+
+        Lists of either give a list. Options and large images: see `tiles.segment`."""
+        from tiles import segment  # it imports this file, by way of evaluate.py
+
+        return segment(self, image, phrase, **options)
+
     def normalise(self, image: Tensor, encoder_image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 images (B, 3, S, S) and (B, 3, E, E), as the loader gives them, to what forward takes."""
         mean, std = self.image_norm
