@@ -233,73 +233,38 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     """-> (the command line, with what is left to choose filled in; the checkpoint to go on from or None)"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--data",
-        default="scenes",
-        help="data set: scenes (generated, the default), RRSIS-D, RefSegRS, RISBench, or a path",
-    )
+    integer = partial(partial, number, int)
+    # fmt: off
+    add("--data", default="scenes",
+        help="data set: scenes (generated, the default), RRSIS-D, RefSegRS, RISBench, or a path")
     add("--model", choices=PRESETS, help="preset (default: tiny on generated scenes, large on real data)")
     add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>-<model>-<number>)")
-    add("--epochs", type=partial(number, int, 1), help="default: the preset's recipe")
-    add(
-        "--batch-size",
-        type=partial(number, int, 1),
-        help="samples of an optimiser step, over all cards and --accumulate parts (default: the preset's recipe)",
-    )
-    add(
-        "--accumulate",
-        type=partial(number, int, 1),
-        default=1,
-        metavar="N",
-        help="compute each step in N parts, which needs less memory and gives the same result (default: 1)",
-    )
-    add(
-        "--lr",
-        type=partial(number, float, 1e-12),
-        help="peak learning rate of the fusion modules (default: the preset's recipe)",
-    )
-    add(
-        "--image-size",
-        type=partial(number, int, 1),
-        help="side of SAM 2's input, a multiple of 32 (default: the preset's)",
-    )
-    add(
-        "--seed",
-        type=partial(number, int, 0),
-        default=0,
-        help="of initial weights, data order and augmentation (default: 0)",
-    )
-    add(
-        "--gpus",
-        type=partial(number, int, 0),
-        metavar="N",
+    add("--epochs", type=integer(1), help="default: the preset's recipe")
+    add("--batch-size", type=integer(1),
+        help="samples of an optimiser step, over all cards and --accumulate parts (default: the preset's recipe)")
+    add("--accumulate", type=integer(1), default=1, metavar="N",
+        help="compute each step in N parts, which needs less memory and gives the same result (default: 1)")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+        help="compute activations of the image encoder again in the backward pass: less memory, slower")
+    add("--lr", type=partial(number, float, 1e-12),
+        help="peak learning rate of the fusion modules (default: the preset's recipe)")
+    add("--image-size", type=integer(1), help="side of SAM 2's input, a multiple of 32 (default: the preset's)")
+    add("--seed", type=integer(0), default=0, help="of initial weights, data order and augmentation (default: 0)")
+    add("--gpus", type=integer(0), metavar="N",
         help="cards of this machine, a process on each; 0: the CPU (default: 1 if there is a CUDA card, else 0); "
-        "under torchrun, which starts the processes itself, only 0 makes a difference",
-    )
-    add("--workers", type=partial(number, int, 0), help="processes that load data, for each card (default: by the cores)")
-    add(
-        "--resume",
-        type=Path,
-        metavar="RUN",
-        help="go on with the run in this folder, with its own flags; epochs, lr, batch size, cards may be new",
-    )
+        "under torchrun, which starts the processes itself, only 0 makes a difference")
+    add("--workers", type=integer(0), help="processes that load data, for each card (default: by the cores)")
+    add("--resume", type=Path, metavar="RUN",
+        help="go on with the run in this folder, with its own flags; epochs, lr, batch size, cards may be new")
+    add("--init", metavar="CKPT", help="fine-tune from a checkpoint: of train.py, or the published one")
     add("--skip-missing", action="store_true", help="leave out samples whose image or mask file is missing")
     add("--from-scratch", action="store_true", help="start from random weights, all trained (tiny always does)")
     add("--sam2", metavar="FILE", help="SAM 2 weights of the preset's size (default: downloaded)")
     add("--encoder", metavar="NAME", help="another open_clip model as union encoder, e.g. ViT-B-32 (base, large)")
-    add(
-        "--encoder-weights",
-        metavar="TAG|FILE",
-        help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file",
-    )
-    add("--encoder-size", type=partial(number, int, 1), help="side of its images (default: as it was trained)")
-    add("--init", metavar="CKPT", help="fine-tune from a checkpoint: of train.py, or the published one")
-    add(
-        "--checkpoint-activations",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compute activations of the image encoder again in the backward pass: less memory, slower",
-    )
+    add("--encoder-weights", metavar="TAG|FILE",
+        help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file")
+    add("--encoder-size", type=integer(1), help="side of its images (default: as it was trained)")
+    # fmt: on
     args = parser.parse_args()
     checkpoint = None
     if args.resume:
