@@ -23,7 +23,7 @@ import processes
 import runs
 import train
 from checkpoints import load_checkpoint, read_checkpoint
-from model import PRESETS, RS2SAM2
+from model import PRESETS, RS2SAM2, TINY_CLIP
 from processes import gather, rank, share, world_size
 from recipe import Recipe
 from scenes import make_scenes
@@ -39,7 +39,8 @@ BATCH, STEPS, STOP = 4, 6, 4  # an epoch of 9 samples is steps of 4, 4 and 1: th
 def new_trainer(scenes: Path, out: Path, accumulate: int = 1) -> train.Trainer:
     """In float64, where nothing but the order of sums tells numbers of processes apart."""
     torch.manual_seed(0)
-    model = RS2SAM2(replace(PRESETS["tiny"], image_size=64)).double()
+    clip = TINY_CLIP | {"vision_cfg": TINY_CLIP["vision_cfg"] | {"image_size": 32}}
+    model = RS2SAM2(replace(PRESETS["tiny"], image_size=64, encoder_name=clip)).double()
     model.prompt_encoder.pe_layer.float()  # sam2 multiplies its codes of places with float32 coordinates
     args = Namespace(
         lr=RECIPE.lr, epochs=2, batch_size=BATCH, accumulate=accumulate, seed=0, workers=0, out=out, data=str(scenes),
