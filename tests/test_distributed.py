@@ -23,7 +23,7 @@ import processes
 import runs
 import train
 from checkpoints import load_checkpoint, read_checkpoint
-from model import PRESETS, RS2SAM2
+from model import PRESETS, RS2SAM2, TINY_CLIP
 from processes import gather, rank, share, world_size
 from recipe import Recipe
 from scenes import make_scenes
@@ -39,7 +39,8 @@ BATCH, STEPS, STOP = 4, 6, 4  # an epoch of 9 samples is steps of 4, 4 and 1: th
 def new_trainer(scenes: Path, out: Path, accumulate: int = 1) -> train.Trainer:
     """In float64, where nothing but the order of sums tells numbers of processes apart."""
     torch.manual_seed(0)
-    model = RS2SAM2(replace(PRESETS["tiny"], image_size=64)).double()
+    clip = TINY_CLIP | {"vision_cfg": TINY_CLIP["vision_cfg"] | {"image_size": 32}}
+    model = RS2SAM2(replace(PRESETS["tiny"], image_size=64, encoder_name=clip)).double()
     model.prompt_encoder.pe_layer.float()  # sam2 multiplies its codes of places with float32 coordinates
     args = Namespace(
         lr=RECIPE.lr, epochs=2, batch_size=BATCH, accumulate=accumulate, seed=0, workers=0, out=out, data=str(scenes),
@@ -87,10 +88,13 @@ def resumed(scenes: Path, out: Path, last: Path) -> dict:
     return follow(trainer)
 
 
-def scored(scenes: Path, out: Path) -> list:
-    """The rows of scoring in batches of 4, which ranks share, and of 20, which leave one of two ranks nothing."""
-    trainer = new_trainer(scenes, out)
-    return [evaluate.score(trainer.model, trainer.val_set, batch_size=size) for size in (4, 20)]
+def scored(scenes: Path, out: Path) -> tuple[list, list]:
+    """Scoring in batches of 4, which ranks share, and of 20, which leave one of two ranks nothing -> the rows of each; how
+    many batches each rank computed."""
+    trainer, batches = new_trainer(scenes, out), []
+    trainer.model.register_forward_pre_hook(lambda *_: batches.append(1))
+    rows = [evaluate.score(trainer.model, trainer.val_set, batch_size=size) for size in (4, 20)]
+    return rows, gather(len(batches))
 
 
 def everything(scenes: Path, out: Path, alone: Path) -> None:
@@ -100,7 +104,7 @@ def everything(scenes: Path, out: Path, alone: Path) -> None:
         "whole": follow(new_trainer(scenes, out)),
         "accumulated": follow(new_trainer(scenes, out.with_name("accumulated"), accumulate=2)),
         "resumed": resumed(scenes, out.with_name("on"), alone),
-        "rows": scored(scenes, out),
+        "scores": scored(scenes, out),
     }
     if not rank():
         torch.save(results, out / "results.pt")
@@ -109,12 +113,16 @@ def everything(scenes: Path, out: Path, alone: Path) -> None:
 FAIL = """
 import os, sys
 from pathlib import Path
-from processes import gather, process_group, rank
+from processes import gather, process_group, rank, rank_0_first
 
 how, pids = sys.argv[1:]
 with process_group():
     Path(pids, str(rank())).write_text(str(os.getpid()))
     gather(None)
+    if how == "mistake":
+        with rank_0_first():
+            print("nothing there", file=sys.stderr)
+            sys.exit(2)
     if how == "not finite":  # which all ranks see
         raise FloatingPointError("the loss became nan")
     if rank():
@@ -231,9 +239,10 @@ def test_random_numbers_go_on_where_they_were_and_differ_between_ranks(one, two,
 def test_scores_are_the_same_whoever_computes_them(two, scenes, folder):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = scored(scenes, folder / "scores")
+    rows, batches = scored(scenes, folder / "scores")
     torch.set_num_threads(threads)
-    assert rows == two["rows"] and [len(r) for r in rows] == [15, 15]
+    assert rows == two["scores"][0] and [len(r) for r in rows] == [15, 15]
+    assert batches == [5] and two["scores"][1] == [3, 2]  # 4 and 1 of them; nothing is computed twice
     assert len({(row["id"], row["phrase"]) for row in rows[0]}) == 15
 
 
@@ -263,6 +272,7 @@ def test_the_command_lines_under_torchrun(scenes, tmp_path):
         ("killed", 137, "the process of rank 1 was killed by SIGKILL", "Traceback"),
         ("unforeseen", 1, "the process of rank 1 ended with exit code 1", "closed by peer"),
         ("not finite", 1, "the process of rank 0 ended with exit code 1", "[rank1]"),
+        ("mistake", 2, "nothing there", "process of rank"),
     ],
 )
 def test_the_end_of_one_process_is_the_end_of_all_and_said_once(how, code, says, not_said, tmp_path):
@@ -270,7 +280,7 @@ def test_the_end_of_one_process_is_the_end_of_all_and_said_once(how, code, says,
     script.write_text(FAIL)
     pids.mkdir()
     printed = start(script, how, pids, launcher="own", cwd=tmp_path, code=code)
-    assert printed.count(says) == 1 and "others were stopped" in printed and not_said not in printed
+    assert printed.count(says) == 1 and not_said not in printed
     assert how != "unforeseen" or "something unforeseen" in printed
     assert len(list(pids.iterdir())) == 2
     for path in pids.iterdir():
@@ -287,10 +297,12 @@ def test_a_broken_sample_of_one_process_is_one_sentence(tmp_path):
     assert printed.count(f"Sample {broken.id} of") == 1 and "Traceback" not in printed, printed
 
 
-def test_a_batch_too_small_to_share_is_said_once(scenes, tmp_path):
+def test_a_batch_too_small_to_share_is_said(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "world_size", lambda: 2)
     args = ("--data", scenes, "--model", "tiny", "--gpus", 0, "--batch-size", 3, "--accumulate", 2)
-    printed = start(ROOT / "train.py", *args, launcher="own", cwd=tmp_path, code=2)
-    assert printed.startswith("train.py: --batch-size 3 can't be shared by 2 processes") and printed.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    with pytest.raises(runs.UsageError, match="make it 4 or more"):
+        train.main()
 
 
 def test_a_half_set_environment_is_said(monkeypatch):
