@@ -44,7 +44,7 @@ def new_trainer(scenes: Path, out: Path, accumulate: int = 1) -> train.Trainer:
     model.prompt_encoder.pe_layer.float()  # sam2 multiplies its codes of places with float32 coordinates
     args = Namespace(
         lr=RECIPE.lr, epochs=2, batch_size=BATCH, accumulate=accumulate, seed=0, workers=0, out=out, data=str(scenes),
-        model="tiny",
+        model="tiny", checkpoint_activations=False,
     )  # fmt: skip
     out.mkdir(exist_ok=True)
     train_set = data.open_dataset(scenes, "train", one_phrase=True, augment=RECIPE.augment)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoints import without_weights  # noqa: E402
 from losses import total_loss  # noqa: E402
 from model import PRESETS, RS2SAM2, Output, count_parameters  # noqa: E402
 from recipe import RECIPES  # noqa: E402
+from weights import Unfilled  # noqa: E402
 
 LENGTH = 32  # text tokens, as most phrases are padded to
 CARDS = (16, 24, 80)  # GB
@@ -36,16 +35,14 @@ def random_model(name: str, image_size: int | None, seed: int) -> RS2SAM2:
     """A preset with cheap random weights: uniform with variance 1 / fan-in; the tokeniser is a stand-in for BEiT-3's."""
     preset = PRESETS[name]
     torch.manual_seed(seed)
-    with without_weights():
+    with Unfilled():
         model = RS2SAM2(replace(preset, image_size=image_size or preset.image_size))
     for module in model.modules():
         for key, p in module.named_parameters(recurse=False):
-            value = torch.zeros(p.shape)
             if p.dim() > 1:
-                value.uniform_(-1, 1).mul_((3 / max(1, p[0].numel())) ** 0.5)
-            elif key == "weight" and "Norm" in type(module).__name__:
-                value.fill_(1)
-            setattr(module, key, nn.Parameter(value, requires_grad=p.requires_grad))
+                p.data.uniform_(-1, 1).mul_((3 / max(1, p[0].numel())) ** 0.5)
+            else:
+                p.data.fill_(key == "weight" and "Norm" in type(module).__name__)
     if model.union_encoder.tokenizer is None:
         model.union_encoder.tokenizer = words_as_ids
     return model
@@ -94,7 +91,7 @@ class Live(TorchDispatchMode):
 @contextlib.contextmanager
 def fake_model(name: str, image_size: int | None):
     """A preset on fake tensors, which have shapes and no content: to count FLOPs and bytes in seconds, on any machine."""
-    with without_weights():
+    with Unfilled():
         model = RS2SAM2(replace(PRESETS[name], image_size=image_size or PRESETS[name].image_size))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield model.to_empty(device="cpu")
