@@ -28,11 +28,10 @@ class Unfilled(TorchFunctionMode):
     follow. Drawing 700 million numbers for nothing takes minutes, and memory that is never written is never taken."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")  # torch.nn.init's functions name theirs
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        if in_place and args and isinstance(args[0], nn.Parameter):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
 
 
 WRAPPERS = r"^(module\.)?(evf_model\.)?"  # what training wrappers may have put before a published name

@@ -290,6 +290,7 @@ def test_flops_are_counted_by_hand_for_one_attention():
     assert count.get_total_flops() == 2 * (5 * 8 * 8 + 7 * 8 * 16 + 2 * 5 * 7 * 8 + 5 * 8 * 8)
 
 
+@pytest.mark.slow
 def test_the_paper_s_preset_takes_the_flops_that_were_published(monkeypatch):
     """2.1258 TFLOP with 10 tokens, all of sam2's heads among them."""
     monkeypatch.setattr(counting, "LENGTH", 10)
