@@ -102,7 +102,11 @@ def rebuild(checkpoint: dict, image_size: int | None = None) -> RS2SAM2:
     if "files" in checkpoint:
         load_published(model, checkpoint["files"])
     else:
-        model.load_state_dict(checkpoint["model"])
+        # Not copied: the weights stay in the file, which `read_checkpoint` has mapped, and are read as they are used; what
+        # training changes goes to memory. Frozen ones may have been saved in half precision: the model is float32.
+        dtypes = {key: value.dtype for key, value in model.state_dict().items()}
+        state = {key: value.to(dtypes.get(key, value.dtype)) for key, value in checkpoint["model"].items()}
+        model.load_state_dict(state, assign=True)
     return model
 
 

@@ -155,7 +155,8 @@ def resize_image(image, size):
     """uint8 (H, W, 3) -> uint8 tensor (3, size, size): bilinear with antialias, within 1/255 of PIL's."""
     if size >= max(image.shape[:2]):  # nothing to smooth where an image grows: plain bilinear is the same, and faster
         planes = np.empty((3, size, size), np.uint8)
-        cv2.split(cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR), list(planes))
+        for plane, channel in zip(planes, cv2.split(image)):
+            cv2.resize(channel, (size, size), dst=plane, interpolation=cv2.INTER_LINEAR)
         return torch.from_numpy(planes)
     if size > min(image.shape[:2]):  # one side grows, one shrinks: rare, and torch is up to 2/255 off there
         image = np.array(Image.fromarray(image).resize((size, size), Image.BILINEAR))

@@ -181,7 +181,10 @@ def test_a_checkpoint_holds_frozen_weights_as_the_model_was_trained_with_them(tm
 @pytest.mark.parametrize("encoder", ["open_clip", "beit3"])
 def test_a_rebuilt_model_is_the_model_with_what_no_checkpoint_holds(encoder):
     model = random_model(encoder).eval()
-    again = rebuild({"preset": dataclasses.asdict(model.preset), "model": model.state_dict()}).eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    again = rebuild({"preset": dataclasses.asdict(model.preset), "model": state}).eval()
+    assert all(p.data_ptr() == state[name].data_ptr() for name, p in again.named_parameters())  # no second copy
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
     for (name, ours), theirs in zip(again.named_buffers(), model.buffers()):
         assert torch.equal(ours, theirs), name
     batch = random_batch(model, [6, 3])

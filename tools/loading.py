@@ -1,0 +1,70 @@
+"""What loading a sample costs: the decode, and the resizes to both models' sizes and of the mask, in milliseconds.
+
+    python tools/loading.py [--side 512 800 1024] [--quality 75 95] [--image-size 1024] [--data DATA]
+
+JPEG files are generated scenes enlarged to each side, or with --data the images of a data set as they are. Medians, one
+thread. The aim is that the two resizes of the image cost no more than 1.5 times its decode.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import read_image, resize_image, resize_mask  # noqa: E402
+from layouts import read_samples  # noqa: E402
+from scenes import scene  # noqa: E402
+
+ENCODER_SIZE = 224
+
+
+def milliseconds(function, inputs: list, repeats: int = 5) -> float:
+    """Median time of one call over all inputs, several times."""
+    times = []
+    for item in itertools.chain.from_iterable([inputs] * repeats):
+        start = time.perf_counter()
+        function(item)
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def row(name: str, paths: list, image_size: int) -> str:
+    images = [read_image(path) for path in paths]
+    decode = milliseconds(read_image, paths)
+    large, small = (milliseconds(lambda i, s=s: resize_image(i, s), images) for s in (image_size, ENCODER_SIZE))
+    mask = milliseconds(lambda image: resize_mask(image[..., 0], image_size), images)
+    return f"| {name} | {decode:.2f} | {large:.2f} | {small:.2f} | {mask:.2f} | {(large + small) / decode:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--side", type=int, nargs="+", default=[512, 800, 1024])
+    parser.add_argument("--quality", type=int, nargs="+", default=[75, 95])
+    parser.add_argument("--image-size", type=int, default=1024)
+    parser.add_argument("--data", help="a data set, instead of generated files")
+    args = parser.parse_args()
+    torch.set_num_threads(1), cv2.setNumThreads(0)
+    print(f"| images | decode | to {args.image_size} | to {ENCODER_SIZE} | mask | resizes / decode |\n" + "|---" * 6 + "|")
+    if args.data:
+        paths = sorted({sample.image for sample in read_samples(args.data)[2]})[:32]
+        print(row(args.data, paths, args.image_size))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for side, quality in itertools.product(args.side, args.quality):
+            paths = [Path(folder, f"{side}-{quality}-{i}.jpg") for i in range(8)]
+            for i, path in enumerate(paths):
+                image = cv2.resize(scene(0, "val", i, 256).image[..., ::-1], (side, side))
+                cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+            print(row(f"{side} x {side}, quality {quality}", paths, args.image_size))
+
+
+if __name__ == "__main__":
+    main()
