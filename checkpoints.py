@@ -11,6 +11,7 @@ from model import PRESETS, RS2SAM2, Preset
 from weights import (
     Unfilled,
     WeightsError,
+    beit3_sizes,
     beit3_tokenizer_file,
     existing,
     find_open_clip,
@@ -69,10 +70,12 @@ def build(
     sam2_file = existing(sam2_file) if sam2_file else None
     source = encoder_weights or preset.encoder_tag
     if preset.encoder == "beit3":
-        tokenizer = BEiT3Tokenizer(beit3_tokenizer_file(source).read_bytes())
+        tokenizer = beit3_tokenizer_file(source).read_bytes()
+        preset = replace(preset, encoder_args=beit3_sizes(source))
         sam2_file = sam2_file or find_sam2(preset.sam2)
         with Unfilled():
-            union_encoder = BEiT3Encoder(**preset.encoder_args, tokenizer=tokenizer)
+            union_encoder = BEiT3Encoder(**preset.encoder_args)
+        union_encoder.tokenizer = BEiT3Tokenizer(tokenizer, union_encoder.context)
         model = RS2SAM2(preset, union_encoder)
         load_beit3(model, source)
     else:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion import CrossAttention
+from weights import WeightsError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -138,7 +139,10 @@ class BEiT3Tokenizer:
         from sentencepiece import SentencePieceProcessor  # needed by nothing else
 
         self.model, self.context = model, context
-        self.pieces = SentencePieceProcessor(model_proto=model)
+        try:
+            self.pieces = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise WeightsError("BEiT-3's tokeniser file is no SentencePiece model: get beit3.spm again") from error
 
     def length(self, phrase: str) -> int:
         """Tokens of the whole phrase, <s> and </s> included, before it is cut."""
@@ -223,11 +227,11 @@ class BEiT3Encoder(nn.Module):
 
     def __init__(
         self, width=1024, layers=24, heads=16, hidden=4096, vocabulary=64010, image_size=224, patch=16,
-        text_positions=1024, tokenizer=None,
+        text_positions=1024,
     ):  # fmt: skip
         super().__init__()
-        self.width, self.grid, self.image_size, self.tokenizer = width, image_size // patch, image_size, tokenizer
-        self.context = text_positions - 2  # the most tokens of a phrase
+        self.width, self.grid, self.image_size = width, image_size // patch, image_size
+        self.context, self.tokenizer = text_positions - 2, None  # the most tokens of a phrase
         self.text_embed = nn.Embedding(vocabulary, width)
         self.vision_embed = nn.Module()
         self.vision_embed.cls_token = nn.Parameter(torch.zeros(1, 1, width))

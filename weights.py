@@ -7,6 +7,7 @@ BEiT-3's: they take the same road. Files are read without running code: `torch.l
 
 import itertools
 import json
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -212,6 +213,23 @@ def load_beit3(model: nn.Module, path: str | Path) -> None:
     """Fill the union encoder from a BEiT-3 file such as beit3_large_patch16_224.pth; heads it may hold are left out."""
     state = {f"mm_extractor.{k}": v for k, v in read_state(path).items() if k.startswith("beit3.")}
     load_state(model, state, str(path), required=lambda key: key.startswith("union_encoder."))
+
+
+def beit3_sizes(path: str | Path) -> dict[str, int]:
+    """The arguments of BEiT3Encoder that a BEiT-3 file was made with, by its shapes: base or large, at any resolution."""
+    shapes = {name: tensor.shape for name, tensor in read_state(path).items()}
+    try:
+        vocabulary, width = shapes["beit3.text_embed.weight"]
+        patch = shapes["beit3.vision_embed.proj.weight"][-1]
+        tables = "beit3.encoder.embed_positions.{}.weight".format
+        return {
+            "width": width, "heads": width // 64, "vocabulary": vocabulary, "patch": patch,
+            "layers": sum(name.endswith(".self_attn.q_proj.A.weight") for name in shapes),
+            "hidden": shapes["beit3.encoder.layers.0.ffn.A.fc1.weight"][0],
+            "image_size": patch * math.isqrt(shapes[tables("A")][0] - 3), "text_positions": shapes[tables("B")][0],
+        }  # fmt: skip
+    except (KeyError, IndexError, ValueError) as error:
+        raise WeightsError(f"{path} is not a BEiT-3 file: it lacks {error}, or has it in another shape") from None
 
 
 def beit3_tokenizer_file(weights: str | None) -> Path:

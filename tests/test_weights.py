@@ -13,7 +13,7 @@ from test_model import SMALL_BEIT3, OnMeta
 
 import weights
 from checkpoints import build, rebuild
-from encoder import BEiT3Tokenizer, OpenCLIPEncoder
+from encoder import BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder
 from model import PRESETS, RS2SAM2
 from weights import WeightsError, find_open_clip, load_beit3, load_open_clip, load_sam2, open_clip_model
 
@@ -260,15 +260,49 @@ def test_beit3_s_own_file(tmp_path):
         load_beit3(model, tmp_path / "short.pth")
 
 
-def test_beit3_s_ids_are_the_published_ones(tmp_path):
-    """<s> 0, </s> 2, <unk> = padding 3, every other piece k -> k + 1, checked against the model's own pieces."""
+@pytest.fixture(scope="module")
+def toy_tokenizer(tmp_path_factory) -> bytes:
+    """A SentencePiece model of some phrases."""
+    folder = tmp_path_factory.mktemp("spm")
     words = ["the ship on the left", "a large dam", "the red storage tank at the bottom", "two airplanes"] * 5
-    (tmp_path / "text.txt").write_text("\n".join(words))
+    (folder / "text.txt").write_text("\n".join(words))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "toy"), vocab_size=60, hard_vocab_limit=False,
+        input=str(folder / "text.txt"), model_prefix=str(folder / "toy"), vocab_size=60, hard_vocab_limit=False,
         minloglevel=2,
     )  # fmt: skip
-    tokenizer = BEiT3Tokenizer((tmp_path / "toy.model").read_bytes())
+    return (folder / "toy.model").read_bytes()
+
+
+def test_the_paper_s_preset_is_built_from_files_of_beit3_base_or_large(sam2_tiny, toy_tokenizer, tmp_path, monkeypatch):
+    """The file's shapes say which; here a small one."""
+    sizes = {
+        "width": 128, "layers": 3, "heads": 2, "hidden": 96, "vocabulary": 80, "image_size": 64, "patch": 16,
+        "text_positions": 40,
+    }  # fmt: skip
+    monkeypatch.setitem(PRESETS, "paper", dataclasses.replace(PRESETS["paper"], sam2="sam2.1/sam2.1_hiera_t.yaml"))
+    torch.manual_seed(3)
+    source = BEiT3Encoder(**sizes)
+    file = tmp_path / "beit3_base_patch16_224.pth"
+    torch.save({"model": {f"beit3.{k}": v for k, v in source.state_dict().items()}}, file)
+    (tmp_path / "beit3.spm").write_bytes(toy_tokenizer)
+    model = build("paper", sam2_file=sam2_tiny[1], encoder_weights=file)
+    assert model.preset.encoder_args == sizes and model.preset.architecture == "published"
+    for (name, a), b in zip(model.union_encoder.state_dict().items(), source.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert model.union_encoder.tokenizer(["the ship"])[1].item() > 2
+    assert model.union_encoder.tokenizer(["the ship " * 99])[0].shape == (1, 38)  # two rows of the table stay unused
+    (tmp_path / "beit3.spm").write_bytes(b"nonsense")
+    with pytest.raises(WeightsError, match="is no SentencePiece model"):
+        build("paper", sam2_file=sam2_tiny[1], encoder_weights=file)
+    (tmp_path / "beit3.spm").write_bytes(toy_tokenizer)
+    torch.save({"model": {"beit3.other": torch.zeros(1)}}, file)
+    with pytest.raises(WeightsError, match="is not a BEiT-3 file: it lacks 'beit3.text_embed.weight'"):
+        build("paper", sam2_file=sam2_tiny[1], encoder_weights=file)
+
+
+def test_beit3_s_ids_are_the_published_ones(toy_tokenizer):
+    """<s> 0, </s> 2, <unk> = padding 3, every other piece k -> k + 1, checked against the model's own pieces."""
+    tokenizer = BEiT3Tokenizer(toy_tokenizer)
     pieces = tokenizer.pieces
     assert [pieces.id_to_piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
     ids, lengths = tokenizer(["the ship\n", "a dam at the left \u2603"])
