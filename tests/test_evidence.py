@@ -36,9 +36,7 @@ def variant(parts: str, encoder: str = "open_clip") -> RS2SAM2:
 
 def loss_without(parts: str, output, target) -> dict:
     recipe = dataclasses.replace(RECIPES["tiny"], pseudo=1.0).without(tuple(parts.split(",")))
-    return losses.total_loss(
-        output, target, recipe.ce, recipe.dice, recipe.boundary, recipe.pseudo, recipe.soft_edges
-    )
+    return losses.total_loss(output, target, recipe.ce, recipe.dice, recipe.boundary, recipe.pseudo, recipe.soft_edges)
 
 
 # ---- models without parts -----------------------------------------------------------------------------------------------
