@@ -1,7 +1,10 @@
 """What each part is worth: models without some of them, boundary IoU, the tools that measure."""
 
 import dataclasses
+import importlib.util
 import json
+import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_model import random_batch, small_preset
+from test_scenes import answer
 
 import evaluate
 import losses
@@ -16,8 +20,15 @@ import train
 from checkpoints import CheckpointError, load_checkpoint
 from model import PARTS, PRESETS, RS2SAM2, check_parts, count_parameters
 from recipe import RECIPES, parameter_groups
+from runs import UsageError
+from scenes import HELD_OUT, make_scenes, scene
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import ablate  # noqa: E402
+import language  # noqa: E402
+
 VARIANTS = [
     *PARTS,
     "fusion,decoder-fusion,mask-prompt,boundary",  # what the phrase says comes through the sparse tokens alone
@@ -39,7 +50,7 @@ def loss_without(parts: str, output, target) -> dict:
     return losses.total_loss(output, target, recipe.ce, recipe.dice, recipe.boundary, recipe.pseudo, recipe.soft_edges)
 
 
-# ---- models without parts -----------------------------------------------------------------------------------------------
+# ---- models without parts -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoder", ["open_clip", "beit3"])
@@ -151,7 +162,7 @@ def test_the_loss_leaves_out_its_terms():
     assert hard.item() == pytest.approx(0.2 * np.mean(expected), rel=1e-5)  # samples do not mix
 
 
-# ---- boundary IoU ---------------------------------------------------------------------------------------------------------
+# ---- boundary IoU ---------------------------------------------------------------------------------------------------
 
 
 def square(top: int, left: int, side: int, size: int = 30) -> np.ndarray:
@@ -197,3 +208,212 @@ def test_rows_carry_it_and_the_table_shows_their_mean():
     header, line = evaluate.table({"all": scores}).splitlines()
     assert header.split()[-2:] == ["bIoU", "samples"] and line.split()[-2:] == ["50.00", "2"]
     assert json.dumps(rows)
+
+
+# ---- the ablation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes", train=6, val=2, test=2, size=96, progress=False)
+
+
+@pytest.fixture
+def call(scenes, tmp_path, monkeypatch, capsys):
+    """Call the tool -> (what it printed and said at its end, its exit code)"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    handler = signal.getsignal(signal.SIGTERM)
+    common = [
+        "ablate.py",
+        "--data",
+        str(scenes),
+        "--out",
+        "abl",
+        "--variants",
+        "whole",
+        "sam2",
+        "--seeds",
+        "0",
+        "--jobs",
+        "2",
+    ]
+
+    def run(*more) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", [*common, *map(str, more)])
+        try:
+            ablate.main()
+            end = ""
+        except SystemExit as error:
+            end = str(error.code)
+        return capsys.readouterr().out, end
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_ablate_trains_scores_and_goes_on_where_it_was(call, tmp_path):
+    plots = importlib.util.find_spec("matplotlib") is not None
+    flags = ("--samples", 200, "--", "--image-size", 64, "--gpus", 0, "--workers", 0, "--batch-size", 40)
+    printed, end = call(*flags)
+    assert (end == "") == plots and (plots or "pip install matplotlib" in end), end
+    out = tmp_path / "abl"
+    assert plots == (out / "ablation.png").exists()
+    assert printed.count("train.py") == 2 and printed.count("evaluate.py") == 2
+    table = (out / "ablation.md").read_text()
+    assert table in printed and "280 samples a run" in table  # rounded up to an epoch
+    assert "split test" in table
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row.startswith("|")][2:]
+    assert [row[0] for row in rows] == ["union encoder + SAM 2", "all"]
+    assert rows[0][1] == "fusion, decoder-fusion, mask-prompt, boundary" and rows[1][1] == ""
+    counts = [int(row[2].replace(",", "")) for row in rows]
+    assert counts[0] < counts[1] and rows[0][3] == "0"
+    best = torch.load(out / "sam2-0" / "best.pt", weights_only=True)
+    assert set(best["preset"]["without"]) == {"fusion", "decoder-fusion", "mask-prompt", "boundary"}
+    scores = json.loads((out / "whole-0" / "scores.json").read_text())["scores"]
+    assert rows[1][4] == f"{scores['mIoU']:.1f}" and rows[1][8] == f"{scores['bIoU']:.1f}"
+
+    again, _ = call(*flags)
+    assert "train.py" not in again and "evaluate.py" not in again and table in again
+    (out / "whole-0" / "scores.json").unlink()  # as if it had been interrupted before it was scored
+    resumed, _ = call(*flags)
+    assert resumed.count("train.py --resume abl/whole-0") == 1 and table in resumed and "sam2-0:" not in resumed
+    with pytest.raises(UsageError, match="holds runs with epochs 1, this asks for 2"):
+        call(*("--samples", 400, *flags[2:]))
+
+
+def test_ablate_says_which_run_failed(call):
+    printed, end = call("--samples", 200, "--", "--image-size", 100)
+    for run in ("whole-0", "sam2-0"):
+        assert f"{run} failed with exit code 2" in end and f"abl/{run}.log" in end
+    assert "multiple of 32" in end and "ablation.md" not in printed
+    with pytest.raises(UsageError, match="--epochs after -- is set by this tool"):
+        call("--", "--epochs", "3")
+
+
+def test_every_variant_of_the_ablation_can_be_built():
+    for _, without in ablate.VARIANTS.values():
+        check_parts(without.split(",") if without else ())
+
+
+def run_of(miou: float, seed: int) -> dict:
+    scores = dict.fromkeys(ablate.COLUMNS, 10.0) | {"mIoU": miou}
+    return {"scores": scores, "parameters": 1000, "split": "test", "curve": [(1.0, 5.0), (2.0 + seed, miou)]}
+
+
+def test_the_ablation_s_table_by_hand(tmp_path):
+    results = {
+        "mpg": {0: run_of(50, 0), 1: run_of(54, 1)},
+        "whole": {0: run_of(60, 0), 1: run_of(62, 1), 2: run_of(64, 2)},
+    }
+    table = ablate.markdown(results, {"model": "tiny", "data": "scenes", "samples": 20_000, "epochs": 5})
+    mpg, whole = table.splitlines()[-2:]
+    assert "| 0, 1 | 52.0 ± 2.8 | 10.0 ± 0.0 |" in mpg and mpg.endswith("| -9.0 ± 1.4 |")  # -10 and -8
+    assert "| 0, 1, 2 | 62.0 ± 2.0 |" in whole and whole.endswith("|  |")
+    pytest.importorskip("matplotlib")
+    ablate.plot(tmp_path / "a.png", results)
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+# ---- language -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_phrase_with_left_or_right_names():
+    """Against the rules of test_scenes.py: what is found is the one right answer, and it's found where there is an anchor
+    to no other object."""
+    moved = 0
+    for i in range(60):
+        s = scene(3, "test", i)
+        for target, phrase, kind in s.phrases:
+            swapped = language.flip_phrase(phrase, True, False)
+            if swapped == phrase:
+                continue
+            if kind != "relation":
+                assert language.swapped_target(phrase, s.objects) is s.objects[target], phrase
+            found = language.swapped_target(swapped, s.objects)
+            if found is not None:
+                right, _ = answer(swapped, s.objects)
+                assert len(right) == 1 and right[0] is found, swapped
+                moved += found is not s.objects[target]
+    assert moved > 10
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Generated scenes and their facts, as the tool makes them."""
+    root = make_scenes(tmp_path_factory.mktemp("drawn") / "scenes", 0, 0, 12, seed=4, progress=False)
+    dataset = language.open_dataset(str(root), "test", image_size=64, encoder_size=64)
+    return dataset, language.describe(dataset, 4)
+
+
+def test_facts_are_those_of_the_files(drawn):
+    dataset, facts = drawn
+    assert len(facts) == len(dataset)
+    for i, fact in enumerate(facts):
+        item = dataset[i]
+        assert (item["mask"].numpy() == fact["target"].mask).all() and item["phrase"] == fact["phrase"]
+        assert (fact["kind"] == "category") == (fact["others"] == 0)
+
+
+def numbers(table: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row.startswith("| ")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_a_model_deaf_to_the_phrase_is_told(drawn, monkeypatch):
+    """It finds each target whatever it is asked: right answers do not move with the phrase."""
+    dataset, facts = drawn
+    monkeypatch.setattr(language, "answers", lambda model, data: [item["mask"].numpy() for item in data])
+    told = {language.heard(facts[0]["phrase"])}
+    rows = numbers(language.tables(None, dataset, facts, 0, told))
+    for name in ("all", "the phrase", "a phrase of another image", "the category alone there",
+                 "left and right swapped there", "left and right swapped in the phrase and in the image"):  # fmt: skip
+        assert rows[name][0] == "100.0 (100.0–100.0)", name
+    assert rows["a phrase of another image"][2] == rows["left and right swapped there"][2] == "0.0"  # moved
+    others = [v for k, v in rows.items() if "of the category in the image" in k and "the phrase" not in k]
+    assert sum(int(row[-1]) for row in others) == len(facts) == int(rows["all"][-1])
+    assert float(rows["... against what it then names, where it clearly names something"][1]) < 50
+    said = int(rows["said word for word in training"][-1])
+    assert said >= 1 and said + int(rows["never said so in training"][-1]) == len(facts)
+    assert "a colour and a category never said together in training" in rows
+
+
+def test_the_tool_runs_end_to_end(scenes, tmp_path, capsys, monkeypatch):
+    model = RS2SAM2(small_preset("open_clip"))
+    facts = {"data": str(scenes), "model_name": "tiny", "revision": ""}
+    checkpoint = facts | {"preset": dataclasses.asdict(model.preset), "model": model.state_dict()}
+    torch.save(checkpoint, tmp_path / "m.pt")
+    picture = tmp_path / "f.png"
+    common = ["language.py", "--ckpt", str(tmp_path / "m.pt")]
+    monkeypatch.setattr(sys, "argv", [*common, "--scenes", "12", "--seed", "4", "--figure", str(picture)])
+    language.main()
+    rows = numbers(capsys.readouterr().out)
+    assert {"all", "position", "the phrase", "never said so in training"} <= rows.keys() and picture.exists()
+    monkeypatch.setattr(sys, "argv", [*common, "--data", str(scenes)])
+    language.main()
+    assert "phrases shuffled" in capsys.readouterr().out
+    for more, expected in ((["--figure", str(picture)], "new file"), (["--data", "nowhere"], "no folder nowhere")):
+        monkeypatch.setattr(sys, "argv", [*common, *more])
+        with pytest.raises(SystemExit):
+            language.main()
+        assert expected in capsys.readouterr().err
+    torch.save(checkpoint | {"data": "nowhere"}, tmp_path / "m.pt")
+    monkeypatch.setattr(sys, "argv", [*common, "--scenes", "2"])
+    language.main()
+    assert "nowhere is not at hand" in capsys.readouterr().out
+
+
+def test_held_out_pairs_are_never_said_in_training(tmp_path):
+    sizes = {"train": 40, "val": 20, "test": 0, "seed": 2, "progress": False}
+    said = {}
+    for name in ("all", "held"):
+        root = make_scenes(tmp_path / name, **sizes, hold_out=name == "held")
+        for ref in pickle.loads((root / "rrsisd" / "refs(unc).p").read_bytes()):
+            said.setdefault((name, ref["split"]), []).extend(s["raw"] for s in ref["sentences"])
+
+    def held(phrases):
+        return [p for p in phrases if any(pair in p for pair in HELD_OUT)]
+
+    assert len(HELD_OUT) == 8 and held(said["all", "train"]) and held(said["all", "val"])
+    assert said["held", "val"] == said["all", "val"] and not held(said["held", "train"])
+    assert sorted(said["held", "train"] + held(said["all", "train"])) == sorted(said["all", "train"])
