@@ -1,5 +1,6 @@
 """What each part is worth: models without some of them, boundary IoU, the tools that measure."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -276,8 +277,10 @@ def test_ablate_trains_scores_and_goes_on_where_it_was(call, tmp_path):
     again, _ = call(*flags)
     assert "train.py" not in again and "evaluate.py" not in again and table in again
     (out / "whole-0" / "scores.json").unlink()  # as if it had been interrupted before it was scored
-    resumed, _ = call(*flags)
-    assert resumed.count("train.py --resume abl/whole-0") == 1 and table in resumed and "sam2-0:" not in resumed
+    runs = ablate.Runs(argparse.Namespace(out=out, jobs=1), epochs=1)
+    train_again, score_again = runs.commands(out / "whole-0", "whole", 0)
+    assert train_again == ["train.py", "--resume", out / "whole-0"] and score_again[0] == "evaluate.py"
+    assert runs.commands(out / "sam2-0", "sam2", 0) == []
     with pytest.raises(UsageError, match="holds runs with epochs 1, this asks for 2"):
         call(*("--samples", 400, *flags[2:]))
 
@@ -364,7 +367,7 @@ def test_a_model_deaf_to_the_phrase_is_told(drawn, monkeypatch):
     """It finds each target whatever it is asked: right answers do not move with the phrase."""
     dataset, facts = drawn
     monkeypatch.setattr(language, "answers", lambda model, data: [item["mask"].numpy() for item in data])
-    told = {language.heard(facts[0]["phrase"])}
+    told = {language.heard(next(fact["phrase"] for fact in facts if fact["kind"] == "position"))}
     rows = numbers(language.tables(None, dataset, facts, 0, told))
     for name in ("all", "the phrase", "a phrase of another image", "the category alone there",
                  "left and right swapped there", "left and right swapped in the phrase and in the image"):  # fmt: skip
@@ -373,9 +376,19 @@ def test_a_model_deaf_to_the_phrase_is_told(drawn, monkeypatch):
     others = [v for k, v in rows.items() if "of the category in the image" in k and "the phrase" not in k]
     assert sum(int(row[-1]) for row in others) == len(facts) == int(rows["all"][-1])
     assert float(rows["... against what it then names, where it clearly names something"][1]) < 50
-    said = int(rows["said word for word in training"][-1])
-    assert said >= 1 and said + int(rows["never said so in training"][-1]) == len(facts)
-    assert "a colour and a category never said together in training" in rows
+    said = int(rows["position, said word for word in training"][-1])
+    assert said >= 1 and said + int(rows["position, never said so in training"][-1]) == int(rows["position"][-1])
+    assert "relation, never said so in training" not in rows  # where all are new it is the kind's own row
+
+
+def test_pairs_kept_apart_in_training_are_told():
+    facts = [{"kind": "colour", "phrase": f"The {pair}"} for pair in ("red ship", "blue ship", "blue vehicle")]
+    rows = [{"file": str(i), "intersection": i, "union": 2, "iou": i / 2} for i in range(3)]
+    pairs = {f"{colour} {name}" for colour in language.COLOURS for _, name, *_ in language.CATEGORIES.values()}
+    table = numbers(language.by_novelty(rows, facts, pairs - {"red ship"}))
+    assert table["a colour and a category, said together in training"][0].startswith("75.0 ")
+    assert table["a colour and a category, never said together in training"][::2] == ["0.0 (0.0–0.0)", "1"]
+    assert language.by_novelty(rows, facts, pairs) == ""
 
 
 def test_the_tool_runs_end_to_end(scenes, tmp_path, capsys, monkeypatch):
@@ -388,7 +401,7 @@ def test_the_tool_runs_end_to_end(scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*common, "--scenes", "12", "--seed", "4", "--figure", str(picture)])
     language.main()
     rows = numbers(capsys.readouterr().out)
-    assert {"all", "position", "the phrase", "never said so in training"} <= rows.keys() and picture.exists()
+    assert {"all", "position", "the phrase", "left and right swapped there"} <= rows.keys() and picture.exists()
     monkeypatch.setattr(sys, "argv", [*common, "--data", str(scenes)])
     language.main()
     assert "phrases shuffled" in capsys.readouterr().out

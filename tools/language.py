@@ -154,6 +154,25 @@ def heard(phrase: str) -> str:
     return phrase.lower().partition(" ")[2]
 
 
+def by_novelty(rows: list[dict], facts: list[dict], told: set[str]) -> str:
+    """Rows of the first table by what training has said: of the kinds of which it has said some phrases and others not,
+    both; and where colours and categories were kept apart (scenes.py --hold-out), phrases with such a pair and the like."""
+    text, pairs = "", [f"{colour} {name}" for colour in COLOURS for _, name, *_ in CATEGORIES.values()]
+    new = [pair for pair in pairs if not any(pair in t for t in told)]
+    groups = {}
+    for row, fact in zip(rows, facts):
+        said = heard(fact["phrase"])
+        groups.setdefault((fact["kind"], said in told), []).append(row)
+        if new and any(pair in said for pair in pairs):
+            groups.setdefault(("a colour and a category", not any(pair in said for pair in new)), []).append(row)
+    for kind in sorted({kind for kind, _ in groups}):
+        if (kind, True) in groups and (kind, False) in groups:
+            how = ("together", "together") if kind.startswith("a colour") else ("word for word", "so")
+            text += line(f"{kind}, said {how[0]} in training", groups[kind, True])
+            text += line(f"{kind}, never said {how[1]} in training", groups[kind, False])
+    return text
+
+
 def tables(model, dataset, facts: list[dict], seed: int, told: set[str] | None) -> str:
     """The two tables; told: what the training set's phrases say (`heard`), or None where it is not at hand."""
     files, phrases = [f["file"] for f in facts], [f["phrase"] for f in facts]
@@ -171,12 +190,7 @@ def tables(model, dataset, facts: list[dict], seed: int, told: set[str] | None) 
         name = f"{n or 'no'} other{'s' * (n != 1)} of the category in the image"
         text += line(name, chosen(lambda f, n=n: f["others"] == n))
     if told is not None:
-        pairs = [f"{colour} {c[1]}" for colour in COLOURS for c in CATEGORIES.values()]
-        new = [pair for pair in pairs if not any(pair in t for t in told)]
-        text += line("said word for word in training", chosen(lambda f: heard(f["phrase"]) in told))
-        text += line("never said so in training", chosen(lambda f: heard(f["phrase"]) not in told))
-        text += line("a colour and a category never said together in training",
-                     chosen(lambda f: any(pair in f["phrase"] for pair in new)))  # fmt: skip
+        text += by_novelty(rows, facts, told)
 
     def asked(name: str, index: list[int], say: list[str] | None, targets=None, mirror: bool = False) -> str:
         """The row of phrases said in place of those at `index`; targets: masks by index, else the phrases' own."""
