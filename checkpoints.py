@@ -39,16 +39,18 @@ def check_image_size(image_size: int) -> int:
 
 
 def build(
-    name, image_size=None, from_scratch=False, sam2_file=None, encoder=None, encoder_weights=None, encoder_size=None
-) -> RS2SAM2:
+    name, image_size=None, from_scratch=False, sam2_file=None, encoder=None, encoder_weights=None, encoder_size=None,
+    without=(),
+) -> RS2SAM2:  # fmt: skip
     """The model of a preset with its foundation weights, from files or the hub, or with none.
 
     name: one of PRESETS; image_size: instead of the preset's; from_scratch: random weights, all trained (`tiny` always);
     sam2_file: a SAM 2 file of the preset's size; encoder: another open_clip model as union encoder; encoder_weights: a
     pretrained tag of open_clip or a file, or BEiT-3's file with beit3.spm beside it; encoder_size: the side of the
-    open_clip model's images, by interpolating its position table. WeightsError in one sentence.
+    open_clip model's images, by interpolating its position table; without: names of PARTS, left out. WeightsError in one
+    sentence.
     """
-    preset = PRESETS[name]
+    preset = replace(PRESETS[name], without=tuple(without))
     if image_size:
         preset = replace(preset, image_size=check_image_size(image_size))
     if (encoder or encoder_size) and name not in ("base", "large"):

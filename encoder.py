@@ -246,6 +246,13 @@ class BEiT3Encoder(nn.Module):
         self.apply(self._initialise)
         nn.init.trunc_normal_(self.vision_embed.cls_token, std=0.02)
 
+    def end(self, modality: str) -> list[nn.Module]:
+        """What only the outputs of the vision ('A') or text tokens ('B') depend on: all behind their last keys and values."""
+        layer = self.encoder.layers[-1]
+        attention = layer.self_attn
+        last = (attention.q_proj, attention.inner_attn_ln, attention.out_proj, layer.final_layer_norm, layer.ffn)
+        return [getattr(m, modality) for m in (*last, self.encoder.layer_norm)]
+
     @staticmethod
     def _initialise(module: nn.Module):
         if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):

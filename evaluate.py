@@ -1,11 +1,12 @@
-"""Score a checkpoint: Pr@0.5-0.9, oIoU and mIoU of a split, by two protocols.
+"""Score a checkpoint: Pr@0.5-0.9, oIoU, mIoU and boundary IoU of a split, by two protocols.
 
     python evaluate.py --ckpt best.pt                                  the data set it was trained on, split test
     python evaluate.py --ckpt best.pt --data RRSIS-D --split val --json scores.json
     torchrun --nproc-per-node 8 evaluate.py --ckpt best.pt             on 8 cards, with the same result
 
 A sample is one (object, phrase) pair. IoU = I / U of its mask, mIoU their mean, oIoU = sum I / sum U, Pr@X the share of
-samples with IoU >= X; all times 100. The protocols:
+samples with IoU >= X; bIoU the mean boundary IoU (Cheng et al., 2021: the IoU of what lies within 2 % of the diagonal of
+the masks' own outlines); all times 100. The protocols:
 
     ours   the mask logits are resized in one step (bilinear) to the size the mask is stored at and scored there; a
            correct "nothing there" (both masks empty) counts 1
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from checkpoints import CheckpointError, load_checkpoint
 from data import Collate, open_dataset
 from layouts import DataError, NoSamples
+from model import count_parameters
 from processes import gather, process_group, rank, rank_0_first, world_size
 from runs import UsageError, default_workers, free_path, pick_device
 
@@ -41,6 +43,20 @@ def iou_counts(prediction: np.ndarray, target: np.ndarray) -> tuple[int, int]:
     """Pixels in the intersection and in the union of two masks (H, W) of 0 and 1."""
     prediction, target = prediction.astype(bool), target.astype(bool)
     return int((prediction & target).sum()), int((prediction | target).sum())
+
+
+def boundary_region(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask (H, W) of 0 and 1 within d of its outline, bool (H, W): d is 2 % of the image's diagonal, at
+    least 1. Distance is that of a square neighbourhood, and what is outside the image is outside the mask."""
+    d = max(1, round(0.02 * float(np.hypot(*mask.shape))))
+    mask = mask.astype(np.uint8)
+    inside = cv2.erode(mask, np.ones((2 * d + 1,) * 2, np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return mask > inside
+
+
+def boundary_iou(prediction: np.ndarray, target: np.ndarray, protocol: str) -> float:
+    """IoU of the boundary regions of two masks (H, W) of 0 and 1."""
+    return float(sample_iou(*iou_counts(boundary_region(prediction), boundary_region(target)), protocol))
 
 
 def sample_iou(intersection, union, protocol: str) -> np.ndarray:
@@ -60,7 +76,9 @@ def summarise(intersection, union, protocol: str = "ours") -> dict[str, float]:
 
 
 def summarise_rows(rows: list[dict], protocol: str) -> dict[str, float]:
-    return summarise([r["intersection"] for r in rows], [r["union"] for r in rows], protocol)
+    """`summarise` of rows of `score`, and their mean boundary IoU: "bIoU"."""
+    scores = summarise([r["intersection"] for r in rows], [r["union"] for r in rows], protocol)
+    return scores | {"bIoU": 100 * float(np.mean([r["boundary_iou"] for r in rows]))}
 
 
 def by_group(rows: list[dict], key: str, protocol: str) -> dict[str, dict[str, float]]:
@@ -116,8 +134,8 @@ def autocast(device: torch.device):
 
 @torch.inference_mode()
 def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", forward=None) -> list[dict]:
-    """Run the model over a data set -> one row a sample: id, file, phrase, kind, category, intersection, union, iou, and
-    of the true mask its share of the image and the name of its size.
+    """Run the model over a data set -> one row a sample: id, file, phrase, kind, category, intersection, union, iou,
+    boundary_iou, and of the true mask its share of the image and the name of its size.
 
     The model is put into evaluation mode and back. `forward` is what is called instead of it (its compiled form).
     Several processes take whole batches in turn, the same ones whatever their number, and each returns all rows.
@@ -138,10 +156,12 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
             output = (forward or model)(*images, batch["ids"], batch["lengths"])
         for i, logits in enumerate(output.logits.float().split(1)):
             target = batch["mask"][i] if protocol == "ours" else batch["target"][i]
-            intersection, union = iou_counts(masks_at(logits, target.shape), target.cpu().numpy())
+            prediction, truth = masks_at(logits, target.shape), target.cpu().numpy()
+            intersection, union = iou_counts(prediction, truth)
             iou, share = float(sample_iou(intersection, union, protocol)), float(target.float().mean())
             row = {key: batch[key][i] for key in ("id", "file", "phrase", "kind", "category")}
             row |= {"intersection": intersection, "union": union, "iou": iou, "share": share, "size": size_name(share)}
+            row["boundary_iou"] = boundary_iou(prediction, truth, protocol)
             rows[indices[i]] = row
     model.train(was_training)
     rows = {index: row for part in gather(rows) for index, row in part.items()}
@@ -150,7 +170,7 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
 
 def table(scores: dict[str, dict[str, float]]) -> str:
     """Named rows of scores as an aligned text table."""
-    columns = [*(f"Pr@{t}" for t in THRESHOLDS), "oIoU", "mIoU"]
+    columns = [*(f"Pr@{t}" for t in THRESHOLDS), "oIoU", "mIoU", "bIoU"]
     width = max(map(len, scores)) + 2
     lines = [" " * width + "".join(f"{c:>8}" for c in columns) + f"{'samples':>9}"]
     for name, row in scores.items():
@@ -174,7 +194,7 @@ def picture(image: np.ndarray, masks: list[np.ndarray], phrase: str, note: str, 
 
 @torch.inference_mode()
 def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
-    """A PNG with one row a sample: image, truth, pseudo-mask, prediction; its IoU and phrase above."""
+    """A PNG with one row a sample: image, truth, pseudo-mask (where the model has one), prediction; IoU and phrase above."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     rows = []
@@ -184,10 +204,10 @@ def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
             output = model(*model.normalise(batch["image"], batch["encoder_image"]), batch["ids"], batch["lengths"])
         truth = batch["mask"][0].cpu().numpy()
         prediction = masks_at(output.logits.float(), truth.shape)
-        pseudo = output.pseudo_mask.float().sigmoid()[0, 0].cpu().numpy()
+        pseudo = [] if output.pseudo_mask is None else [output.pseudo_mask.float().sigmoid()[0, 0].cpu().numpy()]
         iou = float(sample_iou(*iou_counts(prediction, truth), "ours"))
         image = batch["image"][0].permute(1, 2, 0).cpu().numpy()
-        rows.append(picture(image, [truth, pseudo, prediction], batch["phrase"][0], f"IoU {iou:.2f}"))
+        rows.append(picture(image, [truth, *pseudo, prediction], batch["phrase"][0], f"IoU {iou:.2f}"))
     cv2.imwrite(str(path), cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR))
     model.train(was_training)
 
@@ -261,6 +281,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print_report(result)
     if args.json:
         facts = {k: checkpoint[k] for k in ("model_name", "revision", "epoch")}
+        facts["parameters"] = count_parameters(model)["total"]
         facts |= {"ckpt": str(args.ckpt), "data": data, "split": dataset.split, "protocol": args.protocol}
         args.json.write_text(json.dumps(facts | result | {"rows": rows}, indent=1))
         print(f"wrote {args.json}")

@@ -156,21 +156,37 @@ class FusedBlock(nn.Module):
         return x + block.mlp(normed) + 0.5 * self.mlp_adapter(normed), text  # (B, H', W', D_out), (B, L, C)
 
 
+class PlainBlock(nn.Module):
+    """A block of SAM 2's Hiera as it is, in the place of a FusedBlock: for a trunk without the fusion."""
+
+    def __init__(self, block: MultiScaleBlock):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.block(x), text  # (B, H', W', D_out), (B, L, C)
+
+
 class FusedHiera(nn.Module):
     """SAM 2's Hiera trunk with a fusion layer in every block.
 
     `trunk` is taken over: its blocks are wrapped in place, its own parameters keep their requires_grad.
-    The adapters' hidden width is D / `reduction`. Where `checkpoint_activations` is set, training keeps no more than each
+    The adapters' hidden width is D / `reduction`. For ablations: `fuse` off leaves out all adapters, `rewrite_text` off the
+    direction from vision to text. Where `checkpoint_activations` is set, training keeps no more than each
     block's input and computes the rest again in the backward pass: less memory, a forward pass more of the trunk.
     forward: image (B, 3, H, W) float, text (B, L, C), text_mask (B, L) bool or None -> stage outputs, finest first,
     [(B, D_s, H/4 / 2^s, W/4 / 2^s)].
     """
 
-    def __init__(self, trunk: Hiera, text_dim: int, reduction: int = 4, positions: bool = False):
+    def __init__(
+        self, trunk: Hiera, text_dim: int, reduction: int = 4, positions: bool = False, fuse=True, rewrite_text=True
+    ):
         super().__init__()
         last = len(trunk.blocks) - 1
         trunk.blocks = nn.ModuleList(
-            FusedBlock(b, text_dim, b.dim_out // reduction, rewrite_text=i < last, positions=positions)
+            FusedBlock(b, text_dim, b.dim_out // reduction, rewrite_text=rewrite_text and i < last, positions=positions)
+            if fuse
+            else PlainBlock(b)
             for i, b in enumerate(trunk.blocks)
         )
         self.trunk = trunk
@@ -178,7 +194,8 @@ class FusedHiera(nn.Module):
 
     def adapters(self) -> list[nn.Module]:
         """The modules this class added to the trunk."""
-        return [m for b in self.trunk.blocks for m in (b.space_adapter, b.mlp_adapter)]
+        fused = [b for b in self.trunk.blocks if isinstance(b, FusedBlock)]
+        return [m for b in fused for m in (b.space_adapter, b.mlp_adapter)]
 
     def forward(self, image: Tensor, text: Tensor, text_mask: Tensor | None = None) -> list[Tensor]:
         x = self.trunk.patch_embed(image)  # (B, H/4, W/4, D_0)

@@ -70,20 +70,26 @@ def pseudo_mask_loss(pseudo: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(pseudo, share, reduction="none").mean((1, 2, 3))  # (B,)
 
 
-def total_loss(output, target: Tensor, ce=1.0, dice_weight=0.1, boundary_weight=0.2, pseudo=0.0) -> dict[str, Tensor]:
+def total_loss(
+    output, target: Tensor, ce=1.0, dice_weight=0.1, boundary_weight=0.2, pseudo=0.0, soft_edges=True
+) -> dict[str, Tensor]:
     """The weighted sum over a batch and its terms, each a scalar: {"loss", "ce", "dice", "boundary"[, "pseudo"]}.
 
     output is a `model.Output`, target (B, H, W) of 0 and 1; the logits are brought to the target's size (bilinear) and
-    to float32 at least first. Default coefficients: the paper's (its released code uses 0.9, 0.1, 0.2).
+    to float32 at least first. Default coefficients: the paper's (its released code uses 0.9, 0.1, 0.2). A term whose
+    coefficient is 0, or whose part the model lacks, is not computed. soft_edges off: the published boundary loss.
     """
     dtype = torch.promote_types(output.logits.dtype, torch.float32)
-    logits, pseudo_mask, log_weight = (x.to(dtype) for x in output)  # (B, 1, h, w), (B, 1, g, g), (B,)
+    logits, pseudo_mask, weight = (None if x is None else x.to(dtype) for x in output)  # (B, 1, h, w), (B, 1, g, g), (B,)
     z = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]  # (B, H, W)
-    terms = {
-        "ce": ce * cross_entropy(z, target).mean(),
-        "dice": dice_weight * dice(z, target).mean(),
-        "boundary": boundary_weight * boundary(z, target, log_weight).mean(),
-    }
-    if pseudo:
+    terms = {}
+    if ce:
+        terms["ce"] = ce * cross_entropy(z, target).mean()
+    if dice_weight:
+        terms["dice"] = dice_weight * dice(z, target).mean()
+    if boundary_weight and weight is not None:
+        error = boundary(z, target, weight) if soft_edges else published_boundary(z, target, weight[:, None, None])
+        terms["boundary"] = boundary_weight * error.mean()
+    if pseudo and pseudo_mask is not None:
         terms["pseudo"] = pseudo * pseudo_mask_loss(pseudo_mask, target).mean()
     return {"loss": sum(terms.values()), **terms}

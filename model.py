@@ -31,6 +31,20 @@ from fusion import CrossAttention, DecoderFusion, FusedHiera
 from prompt_gen import MaskPromptGenerator, SparsePrompt, dense_prompt
 from weights import open_clip_model
 
+# What an ablation may leave out, by the names of `train.py --without`.
+PARTS = {
+    "fusion": "the adapters in every block of SAM 2's image encoder",
+    "rewriting": "their direction from vision to text",
+    "decoder-fusion": "the product with the text before the mask decoder",
+    "mask-prompt": "the mask prompt generator; SAM 2's embedding for 'no mask' takes its place",
+    "sparse-prompt": "the sparse tokens; the decoder runs on its own tokens alone",
+    "cross-entropy": "this term of the loss",
+    "dice": "this term of the loss",
+    "boundary": "this term of the loss, and its weight from the text",
+    "soft-edges": "the boundary loss of the probability map; the published one, of the thresholded mask, takes its place",
+    "pseudo": "the pseudo-mask's own loss, where the recipe has one",
+}
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -53,6 +67,7 @@ class Preset:
     decoder: dict = field(default_factory=lambda: {"dim": 256, "heads": 8, "mlp": 2048})  # the sam2 package's own sizes
     reduction: int = 4  # adapters are D / reduction wide
     train_trunk: bool = False  # train SAM 2's image encoder too: only where it starts from random weights
+    without: tuple[str, ...] = ()  # what is left out for an ablation, of PARTS
 
 
 TINY_CLIP = {
@@ -101,8 +116,8 @@ class Output(NamedTuple):
     """What the model puts out. The mask is logits > 0, its probability sigmoid(logits)."""
 
     logits: Tensor  # (B, 1, S/4, S/4)
-    pseudo_mask: Tensor  # (B, 1, g, g) logits of the mask prompt
-    log_weight: Tensor  # (B,) logarithm of the boundary loss's weight, from the sentence token
+    pseudo_mask: Tensor | None  # (B, 1, g, g) logits of the mask prompt; None without it
+    log_weight: Tensor | None  # (B,) logarithm of the boundary loss's weight, from the sentence token; None without it
 
 
 class NoPosition(nn.Module):
@@ -148,26 +163,33 @@ class RS2SAM2(nn.Module):
             raise ValueError(f"the image size must be a multiple of 32 (SAM 2's first window), got {preset.image_size}")
         self.preset = preset
         ours = preset.architecture == "ours"
+        out = check_parts(preset.without)
         dim, heads = preset.decoder["dim"], preset.decoder["heads"]
 
         self.union_encoder = union_encoder or build_union_encoder(preset)
         width = self.union_encoder.width
 
-        self.text_features = nn.Linear(width, dim)
-        self.text_weight = nn.Linear(dim, 1)
-        self.sparse_prompt = SparsePrompt(width, dim, tokens=4 if ours else 1)
-        self.mask_prompt = MaskPromptGenerator(width, positions=ours, residual=ours)
+        # What is left out is None; so are the text features where nothing reads them.
+        self.text_features = None if out >= {"fusion", "decoder-fusion", "boundary"} else nn.Linear(width, dim)
+        self.text_weight = None if "boundary" in out else nn.Linear(dim, 1)
+        self.sparse_prompt = None if "sparse-prompt" in out else SparsePrompt(width, dim, tokens=4 if ours else 1)
+        self.mask_prompt = (
+            None if "mask-prompt" in out else MaskPromptGenerator(width, positions=ours, residual=ours)
+        )
 
         image_encoder = build_image_encoder(preset)
         image_encoder.requires_grad_(preset.train_trunk)
         self.neck = image_encoder.neck
-        self.image_encoder = FusedHiera(image_encoder.trunk, dim, preset.reduction, positions=ours)
+        self.image_encoder = FusedHiera(
+            image_encoder.trunk, dim, preset.reduction, positions=ours,
+            fuse="fusion" not in out, rewrite_text="rewriting" not in out,
+        )  # fmt: skip
         if preset.train_trunk:
             for table in (self.image_encoder.trunk.pos_embed, self.image_encoder.trunk.pos_embed_window):
                 nn.init.trunc_normal_(table, std=0.02)  # sam2 leaves them at zero
         self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, dim))
         nn.init.trunc_normal_(self.no_mem_embed, std=0.02)
-        self.decoder_fusion = DecoderFusion(dim, positions=ours, residual=ours)
+        self.decoder_fusion = None if "decoder-fusion" in out else DecoderFusion(dim, positions=ours, residual=ours)
         side = preset.image_size // 16
         self.prompt_encoder = PromptEncoder(
             embed_dim=dim,
@@ -194,14 +216,21 @@ class RS2SAM2(nn.Module):
         self.train()
 
     def unused(self) -> list[nn.Module]:
-        """What sam2's prompt encoder and mask decoder build and this model never reads: frozen, never optimised."""
+        """What others' classes build and this model never reads: frozen, never optimised. Of sam2's prompt encoder and mask
+        decoder much; of BEiT-3 the end of a modality that a model without some parts does not read."""
         p, d = self.prompt_encoder, self.mask_decoder
         heads = [*d.output_hypernetworks_mlps[1:], d.iou_prediction_head, d.pred_obj_score_head]
-        return [p.point_embeddings, p.not_a_point_embed, p.no_mask_embed, *heads]
+        heads += [p.no_mask_embed if self.mask_prompt else p.mask_downscaling]
+        if self.preset.encoder == "beit3" and self.text_features is None:
+            heads += self.union_encoder.end("B")
+        if self.preset.encoder == "beit3" and not (self.mask_prompt or self.sparse_prompt):
+            heads += self.union_encoder.end("A")
+        return [p.point_embeddings, p.not_a_point_embed, *heads]
 
     def fusion_modules(self) -> list[nn.Module]:
         """The modules the paper adds to SAM 2 and the union encoder, trained at the higher rate."""
-        return [*self.image_encoder.adapters(), self.decoder_fusion, self.mask_prompt]
+        modules = [*self.image_encoder.adapters(), self.decoder_fusion, self.mask_prompt]
+        return [m for m in modules if m]
 
     def train(self, mode: bool = True):
         """As nn.Module's, but what is frozen stays in evaluation mode."""
@@ -252,31 +281,37 @@ class RS2SAM2(nn.Module):
     def forward(self, image: Tensor, encoder_image: Tensor, ids: Tensor, lengths: Tensor) -> Output:
         text_mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, L)
         cls, V, T_raw = self.union_encoder(encoder_image, ids, text_mask)  # (B, 1, W), (B, gg, W), (B, L, W)
-        T = self.text_features(T_raw)  # (B, L, C)
+        T = self.text_features(T_raw) if self.text_features else None  # (B, L, C)
 
-        pseudo_mask = self.mask_prompt(cls, V)  # (B, 1, g, g)  mask prompt generator
-        sparse = self.sparse_prompt(cls)  # (B, tokens, C)
+        pseudo_mask = self.mask_prompt(cls, V) if self.mask_prompt else None  # (B, 1, g, g)  mask prompt generator
+        sparse = self.sparse_prompt(cls) if self.sparse_prompt else None  # (B, tokens, C)
 
         stages = self.image_encoder(image, T, text_mask)  # 4 x (B, D, S/4.., S/4..)  BHFM in SAM 2's image encoder
         fine, middle, embedding, _ = self.neck(stages)[0]  # (B, C, S/4, S/4), (B, C, S/8, S/8), (B, C, s, s), -
 
         logits = self.decode(fine, middle, embedding, T, text_mask, pseudo_mask, sparse)  # (B, 1, S/4, S/4)
-        log_weight = self.text_weight(T[:, 0])[:, 0]  # (B,)
+        log_weight = self.text_weight(T[:, 0])[:, 0] if self.text_weight else None  # (B,)
         return Output(logits, pseudo_mask, log_weight)
 
     def decode(
-        self, fine: Tensor, middle: Tensor, embedding: Tensor, T: Tensor, text_mask: Tensor, pseudo_mask: Tensor, sparse: Tensor
+        self, fine: Tensor, middle: Tensor, embedding: Tensor, T: Tensor | None, text_mask: Tensor,
+        pseudo_mask: Tensor | None, sparse: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """SAM 2's prompt encoder and mask decoder, with the text multiplied into the embedding -> (B, 1, S/4, S/4).
 
-        The arguments are those of `forward` under the same names."""
+        The arguments are those of `forward` under the same names. A prompt that is None is none to SAM 2 either."""
         with torch.autocast(embedding.device.type, enabled=False):  # angles up to 2 pi * 4 need float32
             place = self.prompt_encoder.get_dense_pe()  # (1, C, s, s)
         embedding = embedding + self.no_mem_embed.view(1, -1, 1, 1)  # (B, C, s, s)
-        embedding = self.decoder_fusion(embedding, place, T, text_mask)  # (B, C, s, s)
-        prompt = pseudo_mask if self.preset.architecture == "ours" else pseudo_mask.sigmoid()  # (B, 1, g, g)
-        prompt = dense_prompt(prompt, 4 * embedding.shape[-1])  # (B, 1, 4s, 4s)
-        _, dense = self.prompt_encoder(points=None, boxes=None, masks=prompt)  # -, (B, C, s, s)
+        if self.decoder_fusion:
+            embedding = self.decoder_fusion(embedding, place, T, text_mask)  # (B, C, s, s)
+        prompt = pseudo_mask  # (B, 1, g, g)
+        if prompt is not None:
+            prompt = prompt if self.preset.architecture == "ours" else prompt.sigmoid()  # (B, 1, g, g)
+            prompt = dense_prompt(prompt, 4 * embedding.shape[-1])  # (B, 1, 4s, 4s)
+        _, dense = self.prompt_encoder(points=None, boxes=None, masks=prompt)  # -, (B, C, s, s); (1, C, s, s) for None
+        if sparse is None:
+            sparse = embedding.new_empty(len(embedding), 0, embedding.shape[1])  # (B, 0, C)
         # (B, C/8, S/4, S/4), (B, C/4, S/8, S/8)
         high_res = [self.mask_decoder.conv_s0(fine), self.mask_decoder.conv_s1(middle)]
         p, *_ = self.mask_decoder(
@@ -285,6 +320,18 @@ class RS2SAM2(nn.Module):
         )  # (B, 1, 4s, 4s)  # fmt: skip
         # The published output is the pair (1 - p, p); the logit of its soft-max is 2p - 1.
         return 2 * p - 1  # (B, 1, S/4, S/4)
+
+
+def check_parts(names) -> set[str]:
+    """Names of PARTS as a set; ValueError, in one sentence, for others and where no model would be left."""
+    out = set(names)
+    if unknown := out - PARTS.keys():
+        raise ValueError(f"unknown part {', '.join(sorted(unknown))!r}: the parts are {', '.join(PARTS)}")
+    if out >= (ways := {"fusion", "decoder-fusion", "mask-prompt", "sparse-prompt"}):
+        raise ValueError(f"without {', '.join(sorted(ways))} the phrase has no way to SAM 2: keep one of them")
+    if out >= {"cross-entropy", "dice"}:
+        raise ValueError("without cross-entropy and dice nothing teaches the mask: keep one of them")
+    return out
 
 
 def compiled(model: nn.Module, mode: str | None = None) -> nn.Module:

@@ -1,7 +1,7 @@
 """How each preset is trained: its recipe, parameter groups, learning rate over time, averaged weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,9 +24,17 @@ class Recipe:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights; 0 keeps the weights themselves
     augment: str | None = "ours"
+    ce: float = 1.0  # coefficients of the loss's terms
     dice: float = 0.1
     boundary: float = 0.2
-    pseudo: float = 0.0  # coefficient of the pseudo-mask's own loss
+    pseudo: float = 0.0  # the pseudo-mask's own
+    soft_edges: bool = True  # in the boundary loss; or the published one's hard edges
+
+    def without(self, parts: tuple[str, ...]) -> "Recipe":
+        """The recipe less the loss terms among the parts that an ablation leaves out (model.PARTS)."""
+        terms = {"cross-entropy": "ce", "dice": "dice", "boundary": "boundary", "pseudo": "pseudo"}
+        zero = {name: 0.0 for part, name in terms.items() if part in parts}
+        return replace(self, **zero, soft_edges="soft-edges" not in parts)
 
 
 RECIPES = {

@@ -25,12 +25,12 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
 
 def link_best(best: Path, link: Path = Path("best.pt")) -> None:
     """Point ./best.pt at a run's best. A regular file of that name is left alone."""
-    if link.is_symlink():
-        link.unlink()
-    if link.exists():
+    if link.exists() and not link.is_symlink():
         print(f"{link} is a file of yours and stays as it is; this run's best is {best}")
         return
-    link.symlink_to(os.path.relpath(best, link.parent))
+    part = link.with_name(f"{link.name}.{os.getpid()}")  # replaced in one go: several runs may end at the same time
+    part.symlink_to(os.path.relpath(best, link.parent))
+    os.replace(part, link)
 
 
 def revision() -> str:

@@ -47,6 +47,8 @@ RELATIONS = {0: ("on the right of", "to the right of"), 180: ("on the left of", 
 SUPERLATIVES = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest")
 SYNONYMS = {"small": ("small", "tiny"), "large": ("large", "big"), "largest": ("largest", "biggest")}
 SPLITS = {"train": 0, "val": 1, "test": 2}
+# One pair of colour and category each: with hold_out, no phrase of the training split says it.
+HELD_OUT = tuple(f"{colour} {name}" for (_, name, *_), colour in zip(CATEGORIES.values(), [*COLOURS] * 2))
 
 
 @dataclass
@@ -362,11 +364,12 @@ def scene(seed, split, index, size=128):
 
 # On disk -------------------------------------------------------------------------------------------
 
-def make_scenes(root, train=8000, val=300, test=300, size=128, seed=0, progress=True):
+def make_scenes(root, train=8000, val=300, test=300, size=128, seed=0, progress=True, hold_out=False):
     """Writes the scenes of three splits below root in RRSIS-D's layout; returns root as a Path.
 
-    A ref is one object of an image with its one or more phrases; a bbox is x1, y1, x2, y2 with the last
-    pixel's index. The folder appears only when all is written; an existing one is refused (FileExistsError).
+    With hold_out, phrases that hold a pair of HELD_OUT are left out of the training split. A ref is one object of
+    an image with its one or more phrases; a bbox is x1, y1, x2, y2 with the last pixel's index. The folder appears only
+    when all is written; an existing one is refused (FileExistsError).
     """
     root = Path(root)
     if root.exists():
@@ -381,6 +384,8 @@ def make_scenes(root, train=8000, val=300, test=300, size=128, seed=0, progress=
         (part / "images" / "rrsisd" / "JPEGImages").mkdir(parents=True)
         for image_id, (split, i) in enumerate(tqdm(jobs, desc="scenes", disable=not progress)):
             s, file_name = scene(seed, split, i, size), f"{image_id:05d}.jpg"
+            if hold_out and split == "train":
+                s.phrases = [p for p in s.phrases if not any(pair in p[1] for pair in HELD_OUT)]
             path = part / "images" / "rrsisd" / "JPEGImages" / file_name
             if not cv2.imwrite(str(path), s.image[..., ::-1], quality):
                 raise OSError(f"{path} could not be written.")
@@ -414,9 +419,10 @@ def main():
         p.add_argument(f"--{split}", type=int, default=n, help=f"number of {split} images (default {n})")
     p.add_argument("--size", type=int, default=128, help="width and height in pixels, 96 to 256 (default 128)")
     p.add_argument("--seed", type=int, default=0, help="the same seed, the same scenes (default 0)")
+    p.add_argument("--hold-out", action="store_true", help="no training phrase says " + ", ".join(HELD_OUT))
     a = p.parse_args()
     try:
-        print(make_scenes(a.out, a.train, a.val, a.test, a.size, a.seed))
+        print(make_scenes(a.out, a.train, a.val, a.test, a.size, a.seed, hold_out=a.hold_out))
     except (OSError, ValueError) as error:
         print(f"scenes.py: {error}", file=sys.stderr)
         sys.exit(2)

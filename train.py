@@ -32,7 +32,7 @@ from data import Collate, Stream, Timed, open_dataset
 from evaluate import autocast, best_median_worst, compute_dtype, print_report, report, score, to_device, write_panels
 from layouts import DataError
 from losses import total_loss
-from model import PRESETS, RS2SAM2, compiled, count_parameters
+from model import PARTS, PRESETS, RS2SAM2, check_parts, compiled, count_parameters
 from processes import Shares, gather, launch, launched, process_group, rank, rank_0_first, share, world_size
 from recipe import RECIPES, Average, Recipe, parameter_groups, rate_factor
 from runs import UsageError, default_workers, free_run, link_best, number, pick_device, revision, write_checkpoint
@@ -143,8 +143,8 @@ class Trainer:
             with autocast(self.device):
                 output = self.synced(*images, part["ids"], part["lengths"])
             recipe = self.recipe
-            terms = total_loss(output, part["target"], dice_weight=recipe.dice, boundary_weight=recipe.boundary,
-                               pseudo=recipe.pseudo)  # fmt: skip
+            terms = total_loss(output, part["target"], recipe.ce, recipe.dice, recipe.boundary, recipe.pseudo,
+                               recipe.soft_edges)  # fmt: skip
             # the processes' gradients are averaged, so each gives its own times their number
             self.scaler.scale(terms["loss"] * (weight * world_size())).backward()
         return {key: weight * term.detach() for key, term in terms.items()}
@@ -229,6 +229,14 @@ class Trainer:
               f"`python evaluate.py --ckpt {self.args.out / 'best.pt'}`")  # fmt: skip
 
 
+def part_names(text: str) -> tuple[str, ...]:
+    """The names of --without."""
+    try:
+        return tuple(sorted(check_parts(text.split(","))))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_args() -> tuple[argparse.Namespace, dict | None]:
     """-> (the command line, with what is left to choose filled in; the checkpoint to go on from or None)"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,6 +272,9 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     add("--encoder-weights", metavar="TAG|FILE",
         help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file")
     add("--encoder-size", type=integer(1), help="side of its images (default: as it was trained)")
+    add("--without", type=part_names, default=(), metavar="PARTS",
+        help="leave parts out, for an ablation; names with commas between: "
+        + "; ".join(f"{name} ({what})" for name, what in PARTS.items()))
     # fmt: on
     args = parser.parse_args()
     checkpoint = None
@@ -286,7 +297,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         args = parser.parse_args()
         args.out = last.parent
     elif args.init:
-        fixed = ("model", "from_scratch", "sam2", "encoder", "encoder_weights", "encoder_size")
+        fixed = ("model", "from_scratch", "sam2", "encoder", "encoder_weights", "encoder_size", "without")
         if given := [key for key in fixed if getattr(args, key)]:
             raise UsageError(f"--{given[0].replace('_', '-')} and --init exclude each other: the checkpoint fixes the network")
         args.model = read_checkpoint(args.init)["model_name"]
@@ -308,7 +319,7 @@ def new_model(args: argparse.Namespace) -> RS2SAM2:
         return load_checkpoint(args.init, image_size=args.image_size)[0]
     return build(
         args.model, args.image_size, args.from_scratch, sam2_file=args.sam2, encoder=args.encoder,
-        encoder_weights=args.encoder_weights, encoder_size=args.encoder_size,
+        encoder_weights=args.encoder_weights, encoder_size=args.encoder_size, without=args.without,
     )  # fmt: skip
 
 
@@ -348,12 +359,14 @@ def main() -> None:
             model, sets = prepare(args, checkpoint)
         args.out = gather(args.out)[0]
         try:
-            trainer = Trainer(args, RECIPES[args.model], model, device, *sets)
+            without = model.preset.without
+            trainer = Trainer(args, RECIPES[args.model].without(without), model, device, *sets)
             if checkpoint:
                 trainer.resume(checkpoint)
             args.out.mkdir(parents=True, exist_ok=True)
             counts, where = count_parameters(model), f"{world_size()} x {device.type}" if world_size() > 1 else device
-            print(f"{args.model} on {args.data} ({len(sets[0]):,} training targets, {len(sets[1]):,} validation phrases), "
+            variant = f"{args.model} without {', '.join(without)}" if without else args.model
+            print(f"{variant} on {args.data} ({len(sets[0]):,} training targets, {len(sets[1]):,} validation phrases), "
                   f"{where}, run {args.out}\nparameters: {counts['total']:,} total, {counts['trained']:,} trained, "
                   f"{counts['frozen']:,} frozen", flush=True)  # fmt: skip
             trainer.run()
