@@ -1,6 +1,6 @@
 """Models from files: a preset with foundation weights, the published checkpoint, and those of train.py."""
 
-import zipfile
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from weights import (
     is_published,
     load_beit3,
     load_open_clip,
+    load_plain,
     load_published,
     load_sam2,
     open_clip_model,
@@ -95,15 +96,36 @@ def build(
     return model
 
 
+def stored_preset(stored: dict, entries: int) -> Preset:
+    """The preset of a checkpoint with so many entries, if it can but describe a network: some of its fields are handed to
+    libraries that would import, fetch and run what a text in the right place names. CheckpointError else."""
+    def sound(value, key="", depth=0):
+        if isinstance(value, dict):
+            names = all(isinstance(k, str) and re.fullmatch("[a-z][a-z0-9_]*", k) for k in value)
+            return depth < 4 and names and all(sound(v, k, depth + 1) for k, v in value.items())
+        if isinstance(value, (list, tuple)):
+            return len(value) < 100 and not any(isinstance(v, (dict, list, tuple)) or not sound(v, key, depth) for v in value)
+        if isinstance(value, str):  # a plain name, and only in a field of the preset itself
+            return depth == 1 and re.fullmatch(r"|[\w+-][\w.+-]{,99}(/[\w+-][\w.+-]{,99})?", value) is not None
+        if "layers" in key or key in ("depth", "stages"):
+            return isinstance(value, int) and 0 <= value <= max(entries, 100)
+        return value is None or (isinstance(value, (int, float)) and 0 <= value <= (4096 if "image" in key else 2**16))
+
+    if not isinstance(stored, dict) or not sound(stored):
+        raise CheckpointError("the checkpoint's preset describes no network: the file is damaged or was made to do harm")
+    return Preset(**stored)
+
+
 def rebuild(checkpoint: dict, image_size: int | None = None) -> RS2SAM2:
     """The model of a checkpoint's dict, its weights included; image_size: instead of the one it was trained at."""
-    preset = Preset(**checkpoint["preset"])
+    preset = stored_preset(checkpoint["preset"], len(checkpoint.get("model", ())))
     if image_size:
         preset = replace(preset, image_size=check_image_size(image_size))
     with Unfilled():
         model = RS2SAM2(preset)
-    if checkpoint.get("tokenizer"):
-        model.union_encoder.tokenizer = BEiT3Tokenizer(checkpoint["tokenizer"], model.union_encoder.context)
+    if (stored := checkpoint.get("tokenizer")) is not None:
+        stored = stored.numpy().tobytes() if torch.is_tensor(stored) else stored
+        model.union_encoder.tokenizer = BEiT3Tokenizer(stored, model.union_encoder.context)
     if "files" in checkpoint:
         load_published(model, checkpoint["files"])
     else:
@@ -124,11 +146,11 @@ def read_published(path: Path, files: list[Path]) -> dict:
     }  # fmt: skip
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def read_checkpoint(path: str | Path, checksums: bool = False) -> dict:
     """The dict of a checkpoint, on the CPU: what train.py wrote, or the like for a published one; CheckpointError.
 
     path: a file, the folder of a run (its best.pt is taken), or a folder as `save_pretrained` left it. Which kind it is
-    shows in the names it holds. No code from the file is run.
+    shows in the names it holds. No code from the file is run. checksums: read it all to compare them (.pt files).
     """
     path = Path(path)
     if path.is_dir():
@@ -141,7 +163,7 @@ def read_checkpoint(path: str | Path) -> dict:
         checkpoint = read_state(path)
     else:
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            checkpoint = load_plain(path, checksums)
         except Exception as error:  # from zip errors to refused pickles: one sentence serves for all
             raise CheckpointError(f"{path} can't be read as a checkpoint: it is damaged or of another kind") from error
     names = {str(name) for name in checkpoint} if isinstance(checkpoint, dict) else set()
@@ -153,6 +175,33 @@ def read_checkpoint(path: str | Path) -> dict:
             f"RS2-SAM 2 weights (no names that begin with mm_extractor.beit3): foundation weights go to train.py"
         )
     return checkpoint
+
+
+def read_run(run: Path) -> tuple[dict, Path]:
+    """(the state to go on with, its file) of a run's folder or of a file such as its last.pt.
+
+    A folder's previous.pt serves where last.pt is absent or damaged, and that is said. CheckpointError."""
+    last, previous = (run / "last.pt", run / "previous.pt") if run.is_dir() else (run, run)
+    if not last.exists() and not previous.exists():
+        raise CheckpointError(
+            f"nothing to resume: {run if run.suffix else run / 'last.pt'} does not exist; give the folder of a run that holds "
+            f"last.pt"
+        )
+    try:
+        state, file = read_checkpoint(last, checksums=True), last
+    except CheckpointError as error:
+        try:
+            state, file = read_checkpoint(previous, checksums=True), previous
+        except CheckpointError:
+            raise error from None
+        wrong = "can't be read" if last.exists() else "is missing"
+        print(f"{last} {wrong}: going on from {previous}, the state saved before it", flush=True)
+    if not {"optimizer", "log", "running"} <= state.keys():
+        raise CheckpointError(
+            f"{file} holds weights alone, or is an older version's, and can't be gone on with: name the run's folder or its "
+            f"last.pt"
+        )
+    return state, file
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", image_size: int | None = None):

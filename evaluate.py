@@ -17,7 +17,6 @@ the masks' own outlines); all times 100. The protocols:
 import argparse
 import contextlib
 import json
-import sys
 from pathlib import Path
 
 import cv2
@@ -32,7 +31,8 @@ from data import Collate, open_dataset
 from layouts import DataError, NoSamples
 from model import count_parameters
 from processes import gather, process_group, rank, rank_0_first, world_size
-from runs import UsageError, default_workers, free_path, pick_device
+from runs import UsageError, WriteError, default_workers, free_path, pick_device, write_whole
+from stopping import leave_signals, one_sentence
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 PROTOCOLS = ("ours", "paper")
@@ -145,7 +145,7 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
     batches = [range(i, min(i + batch_size, size)) for i in range(0, size, batch_size)][rank() :: world_size()]
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=Collate(model.union_encoder.tokenizer),
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda", worker_init_fn=leave_signals,
     )  # fmt: skip
     rows, was_training = {}, model.training
     model.eval()
@@ -208,7 +208,8 @@ def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
         iou = float(sample_iou(*iou_counts(prediction, truth), "ours"))
         image = batch["image"][0].permute(1, 2, 0).cpu().numpy()
         rows.append(picture(image, [truth, *pseudo, prediction], batch["phrase"][0], f"IoU {iou:.2f}"))
-    cv2.imwrite(str(path), cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR))
+    _, png = cv2.imencode(".png", cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR))
+    write_whole(path, lambda file: file.write(png.tobytes()))
     model.train(was_training)
 
 
@@ -250,12 +251,8 @@ def main() -> None:
     add("--panels", type=int, default=0, metavar="N", help="write pictures of N best, median and worst cases")
     add("--skip-missing", action="store_true", help="leave out samples whose files are missing")
     args = parser.parse_args()
-    try:
-        with process_group():
-            evaluate(args)
-    except (UsageError, DataError, CheckpointError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    with one_sentence("evaluate.py", (UsageError, DataError, CheckpointError), (WriteError,)), process_group():
+        evaluate(args)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -283,7 +280,8 @@ def evaluate(args: argparse.Namespace) -> None:
         facts = {k: checkpoint[k] for k in ("model_name", "revision", "epoch")}
         facts["parameters"] = count_parameters(model)["total"]
         facts |= {"ckpt": str(args.ckpt), "data": data, "split": dataset.split, "protocol": args.protocol}
-        args.json.write_text(json.dumps(facts | result | {"rows": rows}, indent=1))
+        text = json.dumps(facts | result | {"rows": rows}, indent=1)
+        write_whole(args.json, lambda file: file.write(text.encode()))
         print(f"wrote {args.json}")
     if args.panels:
         path = free_path(Path(f"panels-{dataset.split}.png"))

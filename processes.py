@@ -48,7 +48,7 @@ def process_group():
     # Gradients go by NCCL where there are cards; Python objects always by gloo, which can wait for a long download.
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    if rank():
+    if rank() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all; rank 0 has the word
     if dist.is_torchelastic_launched():
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()

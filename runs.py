@@ -1,6 +1,8 @@
 """Around a run: its folder and files, its device, and the numbers of its command line."""
 
 import argparse
+import contextlib
+import json
 import math
 import os
 import subprocess
@@ -13,14 +15,87 @@ class UsageError(Exception):
     """A command line that can't be followed. The message is one sentence for the user."""
 
 
-def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Written beside, flushed and renamed: whenever the power goes, `path` is the old file or the new one."""
+class WriteError(Exception):
+    """A file that can't be written, as on a full disk. The message is one sentence for the user."""
+
+
+def write_whole(path: Path, write, keep: Path | None = None) -> None:
+    """Let write(file) fill a file beside `path`, flushed and renamed: whenever the power goes, `path` is the old file or
+    the new one. WriteError if that can't be, with the old one in place. keep: what the old one is renamed to; for a moment
+    then nothing is at `path`."""
     part = path.with_suffix(".part")
-    with open(part, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        if keep:
+            os.replace(path, keep)
+        os.replace(part, path)
+        flush_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        # torch's zip writer turns what the file said into an error of its own
+        if isinstance(error, OSError) or "inline_container" in str(error):
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = getattr(cause, "strerror", None) or str(cause or error).split("\n")[0]
+            raise WriteError(
+                f"{path} can't be written ({reason}): make room or see to the folder; what was saved before is untouched"
+            ) from error
+        raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in a folder outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_checkpoint(path: Path, checkpoint: dict) -> None:
+    write_whole(path, lambda file: torch.save(checkpoint, file))
+
+
+class RunFolder:
+    """The files of a run that carry its state: last.pt, previous.pt (the last.pt before it) and log.jsonl.
+
+    At whatever moment the program is killed, last.pt is whole or, while it is being renamed, previous.pt is."""
+
+    def __init__(self, path: Path):
+        self.path, self.last, self.previous = path, path / "last.pt", path / "previous.pt"
+        self.sound = False  # whether this process has read or written last.pt: an unreadable one is not kept
+
+    def taken(self) -> bool:
+        """Whether a run is there already."""
+        return any((self.path / name).exists() for name in ("last.pt", "previous.pt", "best.pt"))
+
+    def make(self) -> None:
+        """Make the folder, and clear away what a killed run has left half-written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for part in self.path.glob("*.part"):
+                part.unlink()
+        except OSError as error:
+            raise WriteError(f"{error.filename} can't be written ({error.strerror}): choose another --out") from None
+
+    def save(self, state: dict, log: list[dict]) -> None:
+        """Write last.pt, and as log.jsonl the lines it holds too."""
+        write_whole(self.last, lambda file: torch.save(state, file), keep=self.previous if self.sound else None)
+        self.sound = True
+        self.write_log(log)
+
+    def save_best(self, checkpoint: dict) -> None:
+        write_checkpoint(self.path / "best.pt", checkpoint)
+        link_best(self.path / "best.pt")
+
+    def write_log(self, log: list[dict]) -> None:
+        if log:
+            lines = "".join(json.dumps(line) + "\n" for line in log)
+            write_whole(self.path / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
 def link_best(best: Path, link: Path = Path("best.pt")) -> None:

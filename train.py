@@ -7,13 +7,14 @@
     python train.py --data DIR --init best.pt       fine-tune a checkpoint, of this program or the published one
 
 A run's folder holds best.pt (averaged weights, the best validation mIoU + oIoU), last.pt (all that --resume needs),
-log.jsonl (a line an epoch) and panels.png; ./best.pt is a link to the newest run's best.
+previous.pt (the last.pt before), log.jsonl (a line an epoch) and panels.png; ./best.pt is a link to the newest run's best.
+It may be killed at any moment. SIGTERM and Ctrl-C finish the step, save and exit with 143 and 130.
 """
 
 import argparse
 import contextlib
-import json
 import math
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import CheckpointError, build, load_checkpoint, read_checkpoint, rebuild
+from checkpoints import CheckpointError, build, load_checkpoint, read_checkpoint, read_run, rebuild
 from data import Collate, Stream, Timed, open_dataset
 from evaluate import autocast, best_median_worst, compute_dtype, print_report, report, score, to_device, write_panels
 from layouts import DataError
@@ -35,19 +36,22 @@ from losses import total_loss
 from model import PARTS, PRESETS, RS2SAM2, check_parts, compiled, count_parameters
 from processes import Shares, gather, launch, launched, process_group, rank, rank_0_first, share, world_size
 from recipe import RECIPES, Average, Recipe, parameter_groups, rate_factor
-from runs import UsageError, default_workers, free_run, link_best, number, pick_device, revision, write_checkpoint
+from runs import RunFolder, UsageError, WriteError, default_workers, free_run, number, pick_device, revision
 from scenes import make_scenes
+from stopping import Signals, Stopped, leave_signals, one_sentence
 from weights import WeightsError
 
 SAVE_EVERY = 600  # seconds between two last.pt within an epoch
+EPOCH = {"steps": 0, "samples": 0, "seconds": 0.0, "waited": 0.0, "sums": {}}  # what is added up over an epoch, at its start
 ERRORS = (UsageError, DataError, WeightsError, CheckpointError)  # each is one sentence for the user
 
 
 class Trainer:
     """The state of a run: model, optimiser, averaged weights, position in the stream of samples."""
 
-    def __init__(self, args: argparse.Namespace, recipe: Recipe, model: RS2SAM2, device, train_set, val_set):
+    def __init__(self, args, recipe: Recipe, model: RS2SAM2, device, train_set, val_set, signals: Signals | None = None):
         self.args, self.recipe, self.device = args, recipe, device
+        self.folder, self.signals = RunFolder(args.out), signals or Signals()
         self.train_set, self.val_set = train_set, val_set
         for dataset in (train_set, val_set):
             dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
@@ -66,6 +70,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = Average(model, recipe.ema)
         self.samples, self.best, self.saved_at, self.revision = 0, -1.0, time.time(), revision()
+        self.log, self.epoch = [], dict(EPOCH)  # the lines of log.jsonl; what is added up for the next
         shortest, longest = recipe.epoch_range
         self.epoch_samples = int(max(shortest, min(longest, len(train_set))))
         if args.epochs is None:
@@ -75,6 +80,7 @@ class Trainer:
     def checkpoint(self, metrics: dict) -> dict:
         """What evaluate.py needs: nothing but this."""
         tokenizer = getattr(self.model.union_encoder.tokenizer, "model", None)
+        tokenizer = tokenizer and torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
         return {
             "preset": asdict(self.model.preset), "model": self.model.state_dict(), "tokenizer": tokenizer,
             "model_name": self.args.model, "data": self.args.data, "metrics": metrics,
@@ -87,9 +93,10 @@ class Trainer:
             return
         state = {
             "average": self.average.mean, "average_steps": self.average.steps, "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "samples": self.samples, "best": self.best,
+            "scaler": self.scaler.state_dict(), "samples": self.samples, "best": self.best, "log": self.log,
+            "running": self.epoch,
         }  # fmt: skip
-        write_checkpoint(self.args.out / "last.pt", self.checkpoint(metrics) | state)
+        self.folder.save(self.checkpoint(metrics) | state, self.log)
         self.saved_at = time.time()
 
     def resume(self, state: dict) -> None:
@@ -102,6 +109,7 @@ class Trainer:
         for k, v in state["average"].items():
             self.average.mean[k].copy_(v)
         self.average.steps, self.samples, self.best = state["average_steps"], state["samples"], state["best"]
+        self.log, self.epoch = state["log"], state["running"]
 
     def step(self, batch: dict, count: int) -> dict[str, float]:
         """One optimiser step -> the loss and its terms. `batch` is this process's share of `count` samples."""
@@ -120,16 +128,19 @@ class Trainer:
                 sums[key] = sums.get(key, 0.0) + term
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip)
-        values = torch.stack([*sums.values(), norm / world_size()])
+        asked = torch.full_like(norm, self.signals.asked)
+        values = torch.stack([*sums.values(), norm / world_size(), asked])
         if world_size() > 1:
             dist.all_reduce(values)  # all processes see the same, so they stop together
-        values = values.tolist()  # the step's one wait for the device
-        self.check_finite(*values[:: len(values) - 1], batch["id"])
+        *values, norm, asked = values.tolist()  # the step's one wait for the device
+        self.check_finite(values[0], norm, batch["id"])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.average.update()
         self.samples += count
+        if asked:  # of any of them
+            self.signals.asked = self.signals.asked or signal.SIGTERM
         return dict(zip(sums, values))
 
     def backward(self, batch: dict, mine: range, count: int, last: bool) -> dict[str, torch.Tensor]:
@@ -150,8 +161,9 @@ class Trainer:
         return {key: weight * term.detach() for key, term in terms.items()}
 
     def check_finite(self, loss: float, norm: float, ids: list[str]) -> None:
-        """Stop before weights are spoilt. An infinite gradient is float16's everyday business, which the scaler minds."""
-        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+        """Stop before weights are spoilt. An infinite gradient is float16's everyday business, which the scaler minds by
+        lowering its scale; below a scale of 1 it has another cause."""
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             return
         last = self.args.out / "last.pt"
         ids = dict.fromkeys(i for part in gather(ids) for i in part)
@@ -162,32 +174,39 @@ class Trainer:
 
     def run_epoch(self) -> dict[str, float]:
         """Train to the end of the current epoch -> mean loss and terms, samples per second."""
-        epoch = self.samples // self.epoch_samples
+        now = self.epoch  # it may have begun before an interruption, and may have ended
+        epoch = (self.samples - bool(now["steps"])) // self.epoch_samples
         stop = (epoch + 1) * self.epoch_samples
         stream = Stream(len(self.train_set), self.args.seed, self.samples, stop)
         shares = Shares(stream, self.args.batch_size, rank(), world_size())
         loader = Timed(DataLoader(
             self.train_set, batch_sampler=shares, num_workers=self.args.workers,
             collate_fn=Collate(self.model.union_encoder.tokenizer), pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_signals,
         ))  # fmt: skip
-        sums, steps, start, first = {}, 0, time.perf_counter(), self.samples
+        start, before, waited = time.perf_counter(), now["seconds"], now["waited"]
         self.model.train()
         title, hidden = f"epoch {epoch + 1}/{self.args.epochs}", rank() > 0 or None  # None: where there is no terminal
         with tqdm(total=len(stream), desc=title, unit="img", disable=hidden) as bar:
             for batch in loader:
                 count = min(self.args.batch_size, stop - self.samples)
                 terms = self.step(batch, count)
-                steps += 1
-                sums = {k: sums.get(k, 0.0) + v for k, v in terms.items()}
-                waited = loader.seconds / (time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                now |= {"steps": now["steps"] + 1, "samples": now["samples"] + count, "seconds": before + seconds,
+                        "waited": waited + loader.seconds}  # fmt: skip
+                now["sums"] = {k: now["sums"].get(k, 0.0) + v for k, v in terms.items()}
                 bar.update(count)
                 rate = self.optimizer.param_groups[0]["lr"]
-                bar.set_postfix(loss=f"{terms['loss']:.3f}", lr=f"{rate:.1e}", data=f"{waited:.0%}")
+                bar.set_postfix(loss=f"{terms['loss']:.3f}", lr=f"{rate:.1e}", data=f"{loader.seconds / seconds:.0%}")
+                if self.signals.asked:
+                    self.save_last({})
+                    gather(None)  # rank 0 has written it
+                    raise Stopped(self.signals.asked)
                 if time.time() - self.saved_at > SAVE_EVERY:
                     self.save_last({})
-        seconds, waited = time.perf_counter() - start, max(gather(loader.seconds))  # all wait for the slowest
-        rates = {"images/s": (self.samples - first) / seconds, "data_wait": waited / seconds}
-        return {k: v / steps for k, v in sums.items()} | rates
+        waited = max(gather(now["waited"]))  # all wait for the slowest
+        rates = {"images/s": now["samples"] / now["seconds"], "data_wait": waited / now["seconds"]}
+        return {k: v / now["steps"] for k, v in now["sums"].items()} | rates
 
     def validate(self) -> dict:
         """Score the averaged weights on the validation set; keep them if they are the best so far."""
@@ -199,22 +218,29 @@ class Trainer:
         if quality > self.best:
             self.best = quality
             if not rank():
-                write_checkpoint(self.args.out / "best.pt", self.checkpoint(result["scores"]))
-                link_best(self.args.out / "best.pt")
+                self.folder.save_best(self.checkpoint(result["scores"]))
         self.average.swap()
         return result["scores"]
 
     def run(self) -> None:
         """Train to the end, then score and picture the best weights."""
-        while self.samples < self.total_samples:
+        if not self.folder.sound:
+            self.save_last({})  # whatever comes now, there is a run to go on with; and a full disk shows early
+        elif not rank():
+            self.folder.write_log(self.log)  # the program may have ended between the two
+        while self.samples < self.total_samples or self.epoch["steps"]:
+            self.signals.patient = True
             line = self.run_epoch()
+            self.save_last({})  # validation may take long, and an interruption need not wait for its end
+            gather(None)  # rank 0 has written it
+            self.signals.patient = False
+            if self.signals.asked:
+                raise Stopped(self.signals.asked)
             scores = self.validate()
-            self.save_last(scores)
             epoch = self.samples // self.epoch_samples
-            line = {"epoch": epoch, "samples": self.samples} | line | {"val": scores}
-            if not rank():
-                with open(self.args.out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(line) + "\n")
+            self.log.append({"epoch": epoch, "samples": self.samples} | line | {"val": scores})
+            self.epoch = dict(EPOCH)
+            self.save_last(scores)
             print(f"epoch {epoch}: loss {line['loss']:.3f}, {line['images/s']:.1f} images/s, "
                   f"val mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}", flush=True)  # fmt: skip
         gather(None)  # rank 0 has written best.pt
@@ -279,14 +305,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     args = parser.parse_args()
     checkpoint = None
     if args.resume:
-        last = args.resume / "last.pt" if args.resume.is_dir() else args.resume
-        if not last.is_file():
-            raise UsageError(f"nothing to resume: {last} does not exist; give the folder of a run that holds last.pt")
-        checkpoint = read_checkpoint(last)
-        if "optimizer" not in checkpoint:
-            raise UsageError(
-                f"{last} holds weights alone and can't be gone on with: name the run's folder or its last.pt"
-            )
+        checkpoint, last = read_run(args.resume)
         again = {"resume", "epochs", "batch_size", "lr", "data", "skip_missing"}
         again |= {"accumulate", "checkpoint_activations", "gpus", "workers"}  # how a run computes, not what
         if fixed := [k for k, v in vars(args).items() if k not in again and v != parser.get_default(k)]:
@@ -295,7 +314,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
             )
         parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k not in ("resume", "workers")})
         args = parser.parse_args()
-        args.out = last.parent
+        args.out, args.resume = last.parent, last
     elif args.init:
         fixed = ("model", "from_scratch", "sam2", "encoder", "encoder_weights", "encoder_size", "without")
         if given := [key for key in fixed if getattr(args, key)]:
@@ -334,22 +353,23 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None) -> tuple[RS2SAM2,
     """-> (the model, the training and the validation set), after what the command line may have wrong is checked."""
     if not checkpoint:
         args.out = args.out or free_run(args.data, args.model)
-        if (args.out / "last.pt").exists() or (args.out / "best.pt").exists():
-            raise UsageError(
-                f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}"
-            )
+        if RunFolder(args.out).taken():
+            raise UsageError(f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}")
     augment, fresh = RECIPES[args.model].augment, args.data == "scenes" and not Path("data/scenes").exists()
     sets = None if fresh else open_sets(args, augment)
     torch.manual_seed(args.seed)
     model = rebuild(checkpoint) if checkpoint else new_model(args)
     if fresh:
         print("generating scenes under data/scenes (once, a minute or two)", flush=True)
-        make_scenes(Path("data/scenes"))
+        try:
+            make_scenes(Path("data/scenes"))
+        except OSError as error:
+            raise WriteError(f"data/scenes can't be written ({error.strerror or error}): make room there") from None
         sets = open_sets(args, augment)
     return model, sets
 
 
-def main() -> None:
+def main(signals: Signals | None = None) -> None:
     with process_group():
         with rank_0_first():
             args, checkpoint = parse_args()
@@ -360,16 +380,22 @@ def main() -> None:
         args.out = gather(args.out)[0]
         try:
             without = model.preset.without
-            trainer = Trainer(args, RECIPES[args.model].without(without), model, device, *sets)
+            trainer = Trainer(args, RECIPES[args.model].without(without), model, device, *sets, signals)
+            if not rank():
+                trainer.folder.make()
             if checkpoint:
                 trainer.resume(checkpoint)
-            args.out.mkdir(parents=True, exist_ok=True)
+                trainer.folder.sound = args.resume == trainer.folder.last
             counts, where = count_parameters(model), f"{world_size()} x {device.type}" if world_size() > 1 else device
             variant = f"{args.model} without {', '.join(without)}" if without else args.model
             print(f"{variant} on {args.data} ({len(sets[0]):,} training targets, {len(sets[1]):,} validation phrases), "
                   f"{where}, run {args.out}\nparameters: {counts['total']:,} total, {counts['trained']:,} trained, "
                   f"{counts['frozen']:,} frozen", flush=True)  # fmt: skip
             trainer.run()
+        except Stopped:
+            if args.out.is_dir() and RunFolder(args.out).taken():
+                print(f"\nstopped; go on with: python train.py --resume {args.out}", flush=True)
+            raise
         except torch.OutOfMemoryError:
             more = args.accumulate * 2
             smaller = f"--accumulate {more}, " if args.batch_size >= world_size() * more else ""
@@ -381,11 +407,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ERRORS as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
+    with one_sentence("train.py", ERRORS, (FloatingPointError, WriteError)):
+        signals = Signals()
+        signals.watch()
+        main(signals)

@@ -8,10 +8,12 @@ BEiT-3's: they take the same road. Files are read without running code: `torch.l
 import itertools
 import json
 import math
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import open_clip
 import torch
@@ -87,6 +89,68 @@ def is_unused(published: str, blocks: int) -> bool:
     return bool(UNUSED.match(published)) or (update is not None and int(update[1]) == blocks - 1)
 
 
+# All that a pickle of tensors has to name. What torch.load would admit besides can make a few bytes fill the memory.
+NAMES = re.compile(
+    r"collections OrderedDict|(__builtin__|builtins) set|torch(\.storage)? \w+Storage|torch (Size|device|b?float\d+|u?int\d+|"
+    r"bool|complex\d+|float8_\w+)|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter Parameter"
+)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether torch.load will take the file for a zip file, as torch.save has long written, and not for its older kind."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
+def check_pickle(file: IO[bytes]) -> None:
+    for code, argument, _ in pickletools.genops(file):
+        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") and not NAMES.fullmatch(str(argument)):
+            raise ValueError(f"it asks for {str(argument)[:60]!r}, which weights don't need")
+
+
+def check_plain(path: Path, checksums: bool = False) -> None:
+    """Refuse (ValueError) a .pt file that could fill the memory: its parts are stored as they are, and no larger than the
+    file; its pickles name nothing but tensors. checksums: compare those of all parts too, which reads the whole file."""
+    with open(path, "rb") as file:
+        if not is_archive(path):
+            for _ in range(5):  # in the older kind: two numbers, the system, the object, the names of its storages
+                check_pickle(file)
+            return
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+            if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
+                raise ValueError("it is compressed, which weights are not")
+            if sum(part.file_size for part in parts) > path.stat().st_size:
+                raise ValueError("its parts claim to be larger than it is")
+            for part in parts:
+                if part.filename.endswith(".pkl"):
+                    with archive.open(part) as pickled:
+                        check_pickle(pickled)
+            if checksums and (damaged := archive.testzip()):
+                raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def load_plain(path: Path, checksums: bool = False):
+    """torch.load of a .pt file of unknown origin, on the CPU: no code from it is run, and it takes no more memory than its
+    size. An exception of nearly any kind where the file is damaged or hostile."""
+    check_plain(path, checksums)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
+    waiting, seen = [state], set()
+    while waiting:  # not by recursion: it may be nested to any depth
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError("a tensor claims more values than are stored")
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, (list, tuple, set)):
+            waiting.extend(value)
+    return state
+
+
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pt, .pth, .bin or .safetensors file, unwrapped from {"model": ...} or {"state_dict": ...}.
 
@@ -96,7 +160,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = load_plain(path)
     except Exception as error:  # a dozen kinds, from zip errors to refused pickles: one sentence serves for all
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{path} can't be read as a file of weights alone ({reason}): download it again") from error
@@ -111,7 +175,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a weights file with their names, such that memory holds few of them at a time."""
     names = list(read_state(path))
-    mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+    mapped = path.suffix == ".safetensors" or is_archive(path)
     step = 32 if mapped else len(names)
     for first in range(0, len(names), step):
         state = read_state(path)  # opened anew: what has been read stays in memory until the file is closed
@@ -327,6 +391,8 @@ def find_open_clip(name: str, source: str) -> Path:
 def load_open_clip(clip: nn.Module, name: str, path: str | Path) -> None:
     """Fill a whole CLIP from a file of its weights. The position table is interpolated where the resolution differs."""
     try:
+        if Path(path).suffix != ".safetensors":
+            check_plain(Path(path))
         open_clip.load_checkpoint(clip, str(path))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]

@@ -252,7 +252,7 @@ def test_the_command_lines_under_torchrun(scenes, tmp_path):
     assert "2 x cpu" in printed and all(printed.count(line) == 1 for line in ("parameters:", "epoch 1:", "wrote "))
     assert "Traceback" not in printed and "Warning" not in printed
     out = tmp_path / "runs" / "scenes-tiny-1"
-    assert {p.name for p in out.iterdir()} == {"best.pt", "last.pt", "log.jsonl", "panels.png"}
+    assert {p.name for p in out.iterdir()} == {"best.pt", "last.pt", "previous.pt", "log.jsonl", "panels.png"}
     (line,) = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     assert 0 < line["data_wait"] < 1 and line["samples"] == 280
     printed = start(ROOT / "evaluate.py", "--json", "scores.json", launcher="torchrun", cwd=tmp_path)

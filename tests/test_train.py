@@ -98,7 +98,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     runs.write_checkpoint(path, {"x": 1})
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
+    with pytest.raises(runs.WriteError, match="disk full"):
         runs.write_checkpoint(path, {"x": 2})
     assert torch.load(path, weights_only=True) == {"x": 1}
 
@@ -170,7 +170,7 @@ def finished(scenes, tmp_path_factory) -> tuple[Path, str]:
 def test_training_leaves_what_it_promises(finished):
     cwd, printed = finished
     out = cwd / "runs" / "scenes-tiny-1"
-    assert {p.name for p in out.iterdir()} == {"best.pt", "last.pt", "log.jsonl", "panels.png"}
+    assert {p.name for p in out.iterdir()} == {"best.pt", "last.pt", "previous.pt", "log.jsonl", "panels.png"}
     assert (cwd / "best.pt").is_symlink() and (cwd / "best.pt").resolve() == out / "best.pt"
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and all(math.isfinite(line["loss"]) for line in lines)
@@ -199,7 +199,8 @@ import sys, train
 save = train.Trainer.save_last
 def save_and_stop(self, metrics):
     save(self, metrics)
-    sys.exit(0)
+    if self.samples:
+        sys.exit(0)
 train.Trainer.save_last = save_and_stop
 train.SAVE_EVERY = {seconds}
 train.main()
