@@ -186,7 +186,7 @@ def plot(path: Path, results: dict[str, dict[int, dict]]) -> None:
             axes.plot(*mean.T, color=colour, label=VARIANTS[name][0], linewidth=2, marker="o", markersize=3)
     axes.set(xlabel="training time in minutes", ylabel="validation mIoU, per cent")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
