@@ -81,8 +81,10 @@ class Runs:
             part.unlink(missing_ok=True)  # of a scoring that was interrupted
             print(f"{folder.name}: {' '.join(map(str, command))}", flush=True)
             with open(log, "a") as f:
+                # in a session of its own, so that Ctrl-C reaches it once, from here
                 process = subprocess.Popen([sys.executable, ROOT / command[0], *map(str, command[1:])], env=self.env,
-                                           stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT)  # fmt: skip
+                                           stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT,
+                                           start_new_session=True)  # fmt: skip
             self.running.add(process)
             if self.stopped:
                 process.terminate()
