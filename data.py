@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco
 
-from layouts import NAMES, DataError, NoSamples, missing_files, read_samples
+from layouts import NAMES, DataError, NoSamples, file_bytes, missing_files, read_samples
 from runs import free_path
 
 MAX_PIXELS = 2**26  # 8192 x 8192: a file that claims more is taken for a decompression bomb
@@ -64,9 +64,11 @@ def open_dataset(
 def decode(path, flags, limit=MAX_PIXELS):
     """The pixels of an image file as cv2 gives them: (H, W) or, with channels in the order BGRA, (H, W, 3 or 4)."""
     try:
-        data = Path(path).read_bytes()
+        data = file_bytes(path)
         with Image.open(io.BytesIO(data)) as header:  # reads no more than the header
             (width, height), kind = header.size, header.format
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} claims more than {limit:,} pixels") from None
     except Exception as error:  # a hostile header can raise nearly anything
         raise ValueError(f"{path} can't be read: {getattr(error, 'strerror', None) or 'not a sound image'}") from None
     if width * height > limit:
@@ -142,11 +144,15 @@ def draw_polygon(polygon, height, width):
     try:
         points = np.asarray(polygon, np.float64)
         sound = points.ndim == 1 and len(points) >= 6 and len(points) % 2 == 0
-        sound = sound and np.abs(points).max() < 2**16  # pycocotools reserves memory by the length of the edges
+        # pycocotools reserves memory by the length of the edges
+        sound = sound and np.abs(points).max() < 2**16 and np.abs(np.diff(points.reshape(-1, 2), axis=0)).sum() < 2**20
     except (OverflowError, TypeError, ValueError):
         sound = False
     if not sound:
         raise ValueError("the mask has a polygon that is not a list of 3 or more points near the image")
+    (left, top), (right, bottom) = points.reshape(-1, 2).min(0), points.reshape(-1, 2).max(0)
+    if right < 0 or bottom < 0 or left > width or top > height:
+        raise ValueError("the mask has a polygon outside of the image")
     (rle,) = coco.frPyObjects([points.tolist()], height, width)
     return decode_rle({"size": rle["size"], "counts": rle["counts"].decode()})
 

@@ -6,6 +6,7 @@ raises DataError, with one sentence for the user, and never becomes a different 
 """
 
 import csv
+import errno
 import io
 import json
 import os
@@ -62,9 +63,21 @@ class PlainUnpickler(pickle._Unpickler):
     def find_class(self, module, name):
         raise ValueError(f"it asks for {module}.{name}, which phrases don't need and which could run code")
 
+    def refuse(self):
+        raise ValueError("it holds a byte array, which phrases don't need and which reserves what it claims to hold")
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: refuse}
+
+
+def file_bytes(path):
+    """The content of a regular file: a device or a pipe would give without end, or nothing for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return Path(path).read_bytes()
+
 
 def read_text(path):
-    data = path.read_bytes()
+    data = file_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -82,7 +95,7 @@ def read_json(path):
 
 
 def read_pickle(path):
-    data = io.BytesIO(path.read_bytes())
+    data = io.BytesIO(file_bytes(path))
     try:
         refs = PlainUnpickler(data, encoding="utf-8").load()
         if not isinstance(refs, list):
@@ -120,7 +133,7 @@ def read_refer(refs_file):
         for number, ref in enumerate(refs):
             where = f"{refs_file}, ref number {number}"
             samples.append(refer_sample(ref, images, annotations, categories, where))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error)[:100]}"
         raise DataError(f"{where} is not as in RRSIS-D ({reason}): mend the file or get it again.") from None
     if twice := [id for id, n in Counter(sample.id for sample in samples).items() if n > 1]:
@@ -226,6 +239,7 @@ def read_samples(data):
         if not root.is_dir():
             remedy = "put the data set there" if data in NAMES else f"give a folder or one of {', '.join(NAMES)}"
             raise DataError(f"There is no folder {root}: {remedy}.{LAYOUTS}")
+        inside = ", ".join(sorted(os.listdir(root))[:8]) or "nothing"
         refs = sorted([*root.glob("*refs(unc).p"), *root.glob("*/*refs(unc).p")])
         lists = sorted([*root.glob("output_phrase_*.txt"), *root.glob("phrase_txts/output_phrase_*.txt")])
         if len(refs) > 1 or len({path.name for path in lists}) < len(lists):
@@ -237,7 +251,8 @@ def read_samples(data):
         elif (root / "phrases.csv").exists():
             samples = read_csv(root / "phrases.csv")
         else:
-            inside = ", ".join(sorted(os.listdir(root))[:8]) or "nothing"
+            for folder in filter(Path.is_dir, root.iterdir()):
+                os.listdir(folder)  # one that may not be entered looks empty to glob
             raise DataError(f"{root} holds {inside}, no data set known here: lay it out in one of these ways.{LAYOUTS}")
     except OSError as error:
         raise DataError(f"{error.filename or root} can't be read ({error.strerror or error}): see to it.") from None
@@ -256,7 +271,9 @@ def missing_files(samples):
             if folder not in inside:
                 try:
                     inside[folder] = set(os.listdir(folder))
-                except (OSError, ValueError):  # no such folder, one we may not enter, or NUL in its name
+                except PermissionError as error:
+                    raise DataError(f"{folder} can't be read ({error.strerror}): see to it.") from None
+                except (OSError, ValueError):  # no such folder, or NUL in its name
                     inside[folder] = set()
             if name not in inside[folder]:
                 missing.setdefault(path, []).append(number)

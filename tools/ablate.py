@@ -81,8 +81,10 @@ class Runs:
             part.unlink(missing_ok=True)  # of a scoring that was interrupted
             print(f"{folder.name}: {' '.join(map(str, command))}", flush=True)
             with open(log, "a") as f:
+                # in a session of its own, so that Ctrl-C reaches it once, from here
                 process = subprocess.Popen([sys.executable, ROOT / command[0], *map(str, command[1:])], env=self.env,
-                                           stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT)  # fmt: skip
+                                           stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT,
+                                           start_new_session=True)  # fmt: skip
             self.running.add(process)
             if self.stopped:
                 process.terminate()
@@ -186,7 +188,7 @@ def plot(path: Path, results: dict[str, dict[int, dict]]) -> None:
             axes.plot(*mean.T, color=colour, label=VARIANTS[name][0], linewidth=2, marker="o", markersize=3)
     axes.set(xlabel="training time in minutes", ylabel="validation mIoU, per cent")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
