@@ -61,6 +61,7 @@ def process_group():
             # to speak first, and the launcher then stops the rest.
             time.sleep(5 if rank() else 2)
             raise
+    time.sleep(0.2)  # gloo's threads let go of the last call's tensors: joined before they have, they may wait for ever
     dist.destroy_process_group()
 
 

@@ -1,11 +1,16 @@
-"""How each preset is trained: its recipe, parameter groups, learning rate over time, averaged weights."""
+"""How each preset is trained: its recipe and the command line that changes it, parameter groups, learning rate over
+time, averaged weights."""
 
+import argparse
 import math
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from model import RS2SAM2
+from model import PARTS, PRESETS, RS2SAM2, check_parts
+from runs import number
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Recipe:
     weight_decay: float = 0.01
     schedule: str = "cosine"  # with 5 % of warm-up; or 'constant': lr / 10 after 50 epochs, as published
     clip: float = 1.0  # largest gradient norm
+    cpu_processes: int = 1  # at most, where there is no card: many small operations gain more from these than from threads
     ema: float = 0.999  # decay of the averaged weights; 0 keeps the weights themselves
     augment: str | None = "ours"
     ce: float = 1.0  # coefficients of the loss's terms
@@ -39,8 +45,8 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe(
-        samples=28_000, epoch_range=(280, 4000), batch_size=8, lr=1.4e-3, foundation_rate=1.0, betas=(0.9, 0.98),
-        weight_decay=0.02, augment=None, dice=1.0, pseudo=5.0,
+        samples=28_000, epoch_range=(280, 4000), batch_size=8, cpu_processes=4, lr=1.4e-3, foundation_rate=1.0,
+        betas=(0.9, 0.98), weight_decay=0.02, augment=None, dice=1.0, pseudo=5.0,
     ),
     "base": Recipe(),
     "large": Recipe(),
@@ -87,3 +93,53 @@ def rate_factor(schedule: str, progress: float, epoch: int) -> float:
     if schedule == "constant":
         return 1.0 if epoch < 50 else 0.1
     return min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95)))
+
+
+def part_names(text: str) -> tuple[str, ...]:
+    """The names of --without."""
+    try:
+        return tuple(sorted(check_parts(text.split(","))))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def command_line(description: str) -> argparse.ArgumentParser:
+    """The flags of train.py."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    integer = partial(partial, number, int)
+    # fmt: off
+    add("--data", default="scenes",
+        help="data set: scenes (generated, the default), RRSIS-D, RefSegRS, RISBench, or a path")
+    add("--model", choices=PRESETS, help="preset (default: tiny on generated scenes, large on real data)")
+    add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>-<model>-<number>)")
+    add("--epochs", type=integer(1), help="default: the preset's recipe")
+    add("--batch-size", type=integer(1),
+        help="samples of an optimiser step, over all cards and --accumulate parts (default: the preset's recipe)")
+    add("--accumulate", type=integer(1), default=1, metavar="N",
+        help="compute each step in N parts, which needs less memory and gives the same result (default: 1)")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+        help="compute activations of the image encoder again in the backward pass: less memory, slower")
+    add("--lr", type=partial(number, float, 1e-12),
+        help="peak learning rate of the fusion modules (default: the preset's recipe)")
+    add("--image-size", type=integer(1), help="side of SAM 2's input, a multiple of 32 (default: the preset's)")
+    add("--seed", type=integer(0), default=0, help="of initial weights, data order and augmentation (default: 0)")
+    add("--gpus", type=integer(0), metavar="N",
+        help="cards of this machine, a process on each; 0: the CPU (default: 1 if there is a CUDA card, else 0); "
+        "under torchrun, which starts the processes itself, only 0 makes a difference")
+    add("--workers", type=integer(0), help="processes that load data, for each card (default: by the cores)")
+    add("--resume", type=Path, metavar="RUN",
+        help="go on with the run in this folder, with its own flags; epochs, lr, batch size, cards may be new")
+    add("--init", metavar="CKPT", help="fine-tune from a checkpoint: of train.py, or the published one")
+    add("--skip-missing", action="store_true", help="leave out samples whose image or mask file is missing")
+    add("--from-scratch", action="store_true", help="start from random weights, all trained (tiny always does)")
+    add("--sam2", metavar="FILE", help="SAM 2 weights of the preset's size (default: downloaded)")
+    add("--encoder", metavar="NAME", help="another open_clip model as union encoder, e.g. ViT-B-32 (base, large)")
+    add("--encoder-weights", metavar="TAG|FILE",
+        help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file")
+    add("--encoder-size", type=integer(1), help="side of its images (default: as it was trained)")
+    add("--without", type=part_names, default=(), metavar="PARTS",
+        help="leave parts out, for an ablation; names with commas between: "
+        + "; ".join(f"{name} ({what})" for name, what in PARTS.items()))
+    # fmt: on
+    return parser

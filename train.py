@@ -14,11 +14,11 @@ It may be killed at any moment. SIGTERM and Ctrl-C finish the step, save and exi
 import argparse
 import contextlib
 import math
+import os
 import signal
 import sys
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,10 @@ from data import Collate, Stream, Timed, open_dataset
 from evaluate import autocast, best_median_worst, compute_dtype, print_report, report, score, to_device, write_panels
 from layouts import DataError
 from losses import total_loss
-from model import PARTS, PRESETS, RS2SAM2, check_parts, compiled, count_parameters
+from model import RS2SAM2, compiled, count_parameters
 from processes import Shares, gather, launch, launched, process_group, rank, rank_0_first, share, world_size
-from recipe import RECIPES, Average, Recipe, parameter_groups, rate_factor
-from runs import RunFolder, UsageError, WriteError, default_workers, free_run, number, pick_device, revision
+from recipe import RECIPES, Average, Recipe, command_line, parameter_groups, rate_factor
+from runs import RunFolder, UsageError, WriteError, default_workers, free_run, pick_device, revision
 from scenes import make_scenes
 from stopping import Signals, Stopped, leave_signals, one_sentence
 from weights import WeightsError
@@ -255,53 +255,9 @@ class Trainer:
               f"`python evaluate.py --ckpt {self.args.out / 'best.pt'}`")  # fmt: skip
 
 
-def part_names(text: str) -> tuple[str, ...]:
-    """The names of --without."""
-    try:
-        return tuple(sorted(check_parts(text.split(","))))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def parse_args() -> tuple[argparse.Namespace, dict | None]:
     """-> (the command line, with what is left to choose filled in; the checkpoint to go on from or None)"""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    integer = partial(partial, number, int)
-    # fmt: off
-    add("--data", default="scenes",
-        help="data set: scenes (generated, the default), RRSIS-D, RefSegRS, RISBench, or a path")
-    add("--model", choices=PRESETS, help="preset (default: tiny on generated scenes, large on real data)")
-    add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>-<model>-<number>)")
-    add("--epochs", type=integer(1), help="default: the preset's recipe")
-    add("--batch-size", type=integer(1),
-        help="samples of an optimiser step, over all cards and --accumulate parts (default: the preset's recipe)")
-    add("--accumulate", type=integer(1), default=1, metavar="N",
-        help="compute each step in N parts, which needs less memory and gives the same result (default: 1)")
-    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
-        help="compute activations of the image encoder again in the backward pass: less memory, slower")
-    add("--lr", type=partial(number, float, 1e-12),
-        help="peak learning rate of the fusion modules (default: the preset's recipe)")
-    add("--image-size", type=integer(1), help="side of SAM 2's input, a multiple of 32 (default: the preset's)")
-    add("--seed", type=integer(0), default=0, help="of initial weights, data order and augmentation (default: 0)")
-    add("--gpus", type=integer(0), metavar="N",
-        help="cards of this machine, a process on each; 0: the CPU (default: 1 if there is a CUDA card, else 0); "
-        "under torchrun, which starts the processes itself, only 0 makes a difference")
-    add("--workers", type=integer(0), help="processes that load data, for each card (default: by the cores)")
-    add("--resume", type=Path, metavar="RUN",
-        help="go on with the run in this folder, with its own flags; epochs, lr, batch size, cards may be new")
-    add("--init", metavar="CKPT", help="fine-tune from a checkpoint: of train.py, or the published one")
-    add("--skip-missing", action="store_true", help="leave out samples whose image or mask file is missing")
-    add("--from-scratch", action="store_true", help="start from random weights, all trained (tiny always does)")
-    add("--sam2", metavar="FILE", help="SAM 2 weights of the preset's size (default: downloaded)")
-    add("--encoder", metavar="NAME", help="another open_clip model as union encoder, e.g. ViT-B-32 (base, large)")
-    add("--encoder-weights", metavar="TAG|FILE",
-        help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file")
-    add("--encoder-size", type=integer(1), help="side of its images (default: as it was trained)")
-    add("--without", type=part_names, default=(), metavar="PARTS",
-        help="leave parts out, for an ablation; names with commas between: "
-        + "; ".join(f"{name} ({what})" for name, what in PARTS.items()))
-    # fmt: on
+    parser = command_line(__doc__)
     args = parser.parse_args()
     checkpoint = None
     if args.resume:
@@ -331,6 +287,13 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
             f"{args.accumulate}: it is the whole step's, so make it {parts} or more"
         )
     return args, checkpoint
+
+
+def processes_for(args: argparse.Namespace) -> int:
+    """How many processes the command line asks for: of cards, or without any, as many as the recipe says for a CPU."""
+    if args.gpus is not None or torch.cuda.is_available():
+        return args.gpus or 1
+    return min(RECIPES[args.model].cpu_processes, os.cpu_count() or 1, args.batch_size // args.accumulate)
 
 
 def new_model(args: argparse.Namespace) -> RS2SAM2:
@@ -374,8 +337,8 @@ def main(signals: Signals | None = None) -> None:
         with rank_0_first():
             args, checkpoint = parse_args()
             device = pick_device(args.gpus)
-            if (args.gpus or 0) > 1 and not launched():
-                return launch(args.gpus, sys.argv)
+            if not launched() and (processes := processes_for(args)) > 1:
+                return launch(processes, sys.argv)
             model, sets = prepare(args, checkpoint)
         args.out = gather(args.out)[0]
         try:
