@@ -382,7 +382,7 @@ def make_scenes(root, train=8000, val=300, test=300, size=128, seed=0, progress=
         part = Path(scratch) / root.name  # below the scratch folder, which only its owner may read
         (part / "rrsisd").mkdir(parents=True)
         (part / "images" / "rrsisd" / "JPEGImages").mkdir(parents=True)
-        for image_id, (split, i) in enumerate(tqdm(jobs, desc="scenes", disable=not progress)):
+        for image_id, (split, i) in enumerate(tqdm(jobs, desc="scenes", disable=None if progress else True)):
             s, file_name = scene(seed, split, i, size), f"{image_id:05d}.jpg"
             if hold_out and split == "train":
                 s.phrases = [p for p in s.phrases if not any(pair in p[1] for pair in HELD_OUT)]

@@ -286,7 +286,7 @@ def test_wrong_input_is_one_sentence_before_anything_long(args, expected, scenes
     Path("empty").mkdir()
     Path("empty.pt").touch()
     args = [{"SCENES": str(scenes), "EMPTY": "empty"}.get(a, a) for a in args]
-    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--gpus", "0", *args])  # in this process
     with pytest.raises(train.ERRORS) as error:
         train.main()
     assert expected in str(error.value), error.value

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -67,7 +68,8 @@ class Runs:
         else:
             args, without = self.args, VARIANTS[variant][1]
             train = ["train.py", "--data", args.data, "--model", args.model, "--seed", seed, "--epochs", self.epochs]
-            train += ["--out", folder, *(["--without", without] if without else []), *args.train]
+            train += ["--out", folder, *(["--without", without] if without else [])]
+            train += [*([] if torch.cuda.is_available() else ["--gpus", 0]), *args.train]  # one process: --jobs are beside
         score = ["evaluate.py", "--ckpt", folder / "best.pt", "--json", folder / "scores.part"]
         return [train, score]
 
