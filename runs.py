@@ -23,7 +23,7 @@ def write_whole(path: Path, write, keep: Path | None = None) -> None:
     """Let write(file) fill a file beside `path`, flushed and renamed: whenever the power goes, `path` is the old file or
     the new one. WriteError if that can't be, with the old one in place. keep: what the old one is renamed to; for a moment
     then nothing is at `path`."""
-    part = path.with_suffix(".part")
+    part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as f:
             write(f)

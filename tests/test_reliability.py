@@ -537,3 +537,102 @@ def test_workers_leave_signals_to_the_one_that_trains():
         signal.signal(signal.SIGINT, before[1])
     with pytest.raises(runs.WriteError, match="Is a directory"):
         runs.write_whole(Path(__file__).parent, lambda file: file.write(b""))
+
+
+# ---- hostile files ----------------------------------------------------------------------------------------------------------
+
+# Writes every hostile checkpoint, then tries each: the peak of memory may hardly grow over that of a sound one's.
+HOSTILE = r'''
+import json, pickle, sys, zipfile
+from pathlib import Path
+import torch
+from checkpoints import load_checkpoint
+
+sound, folder = Path(sys.argv[1]), Path(sys.argv[2])
+STOP, PROTOCOL = b".", b"\x80\x02"
+
+def text(s):
+    return b"X" + len(s).to_bytes(4, "little") + s.encode()
+
+def call(name, *arguments):
+    """A pickle's call of a function, on arguments that are pickled already."""
+    return b"c" + name.replace(" ", "\n").encode() + b"\n(" + b"".join(arguments) + b"tR"
+
+def number(n):
+    n = n.to_bytes(16, "little")
+    return b"\x8a" + bytes([len(n)]) + n
+
+def archive(name, pickled, kind=zipfile.ZIP_STORED, size=0):
+    with zipfile.ZipFile(folder / name, "w", kind) as file:
+        for entry, content in (("data.pkl", pickled), ("byteorder", b"little"), ("version", b"3\n")):
+            file.writestr("archive/" + entry, content)
+        if size:
+            with file.open("archive/data/0", "w", force_zip64=True) as bomb:
+                for _ in range(size >> 20):
+                    bomb.write(bytes(1 << 20))
+
+def changed(name, change):
+    checkpoint = torch.load(sound, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, folder / name)
+
+bytes_ = call("builtins bytearray", number(4 << 30))
+chain = call("_codecs encode", text("0"), text("latin1"))
+for _ in range(34):
+    chain = call("_codecs encode", chain, text("hex_codec"))
+archive("deflated storage.pt", zipfile.ZipFile(sound).read("archive/data.pkl"), zipfile.ZIP_DEFLATED, 1 << 29)
+archive("deflated pickle.pt", PROTOCOL + b"\x8c\x00" + bytes(1 << 29), zipfile.ZIP_DEFLATED)
+archive("byte array.pt", PROTOCOL + bytes_ + STOP)
+archive("doubling.pt", PROTOCOL + chain + STOP)
+archive("memo.pt", b"\x80\x02]r\xff\xff\xff\x7f.")
+archive("nested.pt", PROTOCOL + b"]" * 100_000 + b"a" * 99_999 + STOP)
+(folder / "byte array of old.pt").write_bytes(PROTOCOL + bytes_ + STOP)
+(folder / "pickle.pt").write_bytes(pickle.dumps({"preset": print}))
+(folder / "sizes.pt").write_bytes(bytes(4096))
+changed("stretched.pt", lambda c: c["model"].update({"text_weight.bias": torch.zeros(1).expand(1 << 32)}))
+changed("runs a function.pt", lambda c: c["preset"]["trunk"].update(
+    x={"_target_": "os.system", "command": f"touch {folder}/marker"}))
+changed("names a file.pt", lambda c: c["preset"].update(sam2="../../../../../../tmp/evil.yaml"))
+changed("names a hub.pt", lambda c: c["preset"]["encoder_name"]["text_cfg"].update(hf_model_name="evil/evil"))
+changed("fetches.pt", lambda c: c["preset"].update(encoder_name="hf-hub:evil/evil"))
+changed("endless layers.pt", lambda c: c["preset"]["encoder_args"].update(joint_layers=10**9))
+changed("endless width.pt", lambda c: c["preset"]["decoder"].update(dim=10**9))
+changed("endless image.pt", lambda c: c["preset"].update(image_size=32 * 10**6))
+changed("nested preset.pt", lambda c: c.update(preset=[]))
+(folder / "long header.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+lies = json.dumps({"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+(folder / "lying header.safetensors").write_bytes(len(lies).to_bytes(8, "little") + lies)
+(folder / "deep header.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+(folder / "deep index").mkdir()
+(folder / "deep index" / "model.safetensors.index.json").write_text("[" * 100_000)
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+load_checkpoint(sound)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = peak()
+for path in sorted(folder.iterdir()):
+    try:
+        load_checkpoint(path)
+        print(json.dumps([path.name, "loaded", ""]))
+    except Exception as error:
+        print(json.dumps([path.name, type(error).__name__, str(error)]))
+print(json.dumps(["peak", "", peak() - before]))
+'''
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc")
+def test_hostile_checkpoints_run_nothing_and_exhaust_nothing(undisturbed, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTILE, undisturbed / "best.pt", tmp_path], env=ENV, capture_output=True, text=True,
+        timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *results, (_, _, peak) = map(json.loads, done.stdout.splitlines())
+    print(f"\n{len(results)} hostile files, peak of memory {peak:.0f} MiB above a sound one's")
+    assert len(results) == 22 and not (tmp_path / "marker").exists()
+    for name, kind, told in results:
+        assert kind == "CheckpointError" and "\n" not in told, (name, kind, told)
+        assert name in told or "preset describes no network" in told, (name, told)
+    assert peak < 200
