@@ -24,6 +24,12 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
+    def impatient(self) -> None:
+        """From here on a signal ends the program on the spot, and one that was noted does so now."""
+        self.patient = False
+        if self.asked:
+            raise Stopped(self.asked)
+
     def note(self, number: int, _) -> None:
         if self.asked and self.patient:
             if "WORLD_SIZE" not in os.environ:  # the launcher hands on what has reached all already: no second wish

@@ -201,7 +201,7 @@ class Trainer:
                 if self.signals.asked:
                     self.save_last({})
                     gather(None)  # rank 0 has written it
-                    raise Stopped(self.signals.asked)
+                    self.signals.impatient()  # does not return
                 if time.time() - self.saved_at > SAVE_EVERY:
                     self.save_last({})
         waited = max(gather(now["waited"]))  # all wait for the slowest
@@ -233,9 +233,7 @@ class Trainer:
             line = self.run_epoch()
             self.save_last({})  # validation may take long, and an interruption need not wait for its end
             gather(None)  # rank 0 has written it
-            self.signals.patient = False
-            if self.signals.asked:
-                raise Stopped(self.signals.asked)
+            self.signals.impatient()
             scores = self.validate()
             epoch = self.samples // self.epoch_samples
             self.log.append({"epoch": epoch, "samples": self.samples} | line | {"val": scores})

@@ -310,10 +310,10 @@ def test_the_program_itself_and_its_workers_stop_by_ctrl_c(scenes, tmp_path):
     wait_for(tmp_path / "runs" / "scenes-tiny-1" / "last.pt")
     time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    assert process.wait(200) == 130
     printed = (tmp_path / "printed").read_text()
     assert "go on with: python train.py --resume runs/scenes-tiny-1" in printed and "Traceback" not in printed
-    assert read_checkpoint(tmp_path / "runs" / "scenes-tiny-1" / "last.pt")["samples"] % 280
+    assert read_checkpoint(tmp_path / "runs" / "scenes-tiny-1" / "last.pt")["samples"] > 0
     with pytest.raises(ProcessLookupError):  # nobody of the group is left
         time.sleep(0.5)
         os.killpg(process.pid, 0)
@@ -329,11 +329,11 @@ def test_two_processes_stop_after_the_same_step(scenes, tmp_path):
     wait_for(tmp_path / "runs" / "scenes-tiny-1" / "last.pt")
     time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)  # reaches the launcher, which hands it on, and both processes
-    assert process.wait(100) == 130
+    assert process.wait(200) == 130
     printed = (tmp_path / "printed").read_text()
     assert printed.count("go on with: python train.py --resume runs/scenes-tiny-1") == 1 and "Traceback" not in printed
     state = read_checkpoint(tmp_path / "runs" / "scenes-tiny-1" / "last.pt")
-    assert state["running"]["steps"] > 0 and state["samples"] == state["running"]["samples"]
+    assert state["samples"] == 280 * len(state["log"]) + state["running"]["samples"] > 0
 
 
 # ---- full disks -----------------------------------------------------------------------------------------------------------
