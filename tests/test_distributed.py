@@ -78,6 +78,7 @@ def follow(trainer: train.Trainer) -> dict:
         trainer.synced.register_comm_hook(None, reduce)
     while trainer.samples < trainer.total_samples:
         trainer.run_epoch()
+        trainer.epoch = dict(train.EPOCH)  # as Trainer.run does after validation
     return seen | {"weights": dict(trainer.model.state_dict()), "average": trainer.average.mean}
 
 
