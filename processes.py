@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from runs import UsageError
+from stopping import leave
 
 
 def rank() -> int:
@@ -56,6 +57,8 @@ def process_group():
         try:
             yield
             gather(None)  # nobody leaves before the last has come
+        except SystemExit as end:
+            leave(end.code)
         except (FloatingPointError, RuntimeError):
             # Another rank's too, or the end of another may have broken a collective here: rank 0, or that other one, is
             # to speak first, and the launcher then stops the rest.

@@ -47,6 +47,16 @@ def leave_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def leave(code) -> None:
+    """End the program with SystemExit's code. One of several processes ends without the interpreter's farewell, during which
+    the threads of its process group, which has not been taken down, may abort it."""
+    if "WORLD_SIZE" in os.environ:
+        code = code if isinstance(code, int) else int(code is not None)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 @contextlib.contextmanager
 def one_sentence(program: str, mistakes: tuple, failures: tuple = ()):
     """End the program without a stack trace: with exit code 2 by a mistake of the user's, 1 by a failure, whose messages
@@ -55,6 +65,6 @@ def one_sentence(program: str, mistakes: tuple, failures: tuple = ()):
         yield
     except (*mistakes, *failures) as error:
         print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, mistakes) else 1)
+        leave(2 if isinstance(error, mistakes) else 1)
     except Stopped as stop:
-        sys.exit(stop.code)
+        leave(stop.code)
