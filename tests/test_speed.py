@@ -251,7 +251,8 @@ def test_the_flag_reaches_the_model_and_can_be_given_to_a_resumed_run(tmp_path, 
     model = random_model("open_clip")
     facts = {"data": "scenes", "model_name": "tiny", "revision": "", "preset": dataclasses.asdict(model.preset)}
     args = {"model": "tiny", "data": "scenes", "checkpoint_activations": False}
-    torch.save(facts | {"model": model.state_dict(), "optimizer": {}, "args": args}, tmp_path / "last.pt")
+    state = {"model": model.state_dict(), "optimizer": {}, "log": [], "running": {}, "args": args}
+    torch.save(facts | state, tmp_path / "last.pt")
     for flag, value in (("--checkpoint-activations", True), ("--no-checkpoint-activations", False)):
         monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(tmp_path), flag])
         assert train.parse_args()[0].checkpoint_activations is value
