@@ -31,7 +31,7 @@ class Signals:
             raise Stopped(self.asked)
 
     def note(self, number: int, _) -> None:
-        if self.asked and self.patient:
+        if self.asked:  # it is ending already
             if "WORLD_SIZE" not in os.environ:  # the launcher hands on what has reached all already: no second wish
                 os._exit(128 + number)
             return
