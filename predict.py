@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from checkpoints import CheckpointError, load_checkpoint
+from checkpoints import CheckpointError
 from layouts import IMAGE_SUFFIXES, DataError, clean_phrase, read_text
+from model import RS2SAM2
 from overlay import SmallMask, overlay
 from polygons import write_polygons
 from raster import NODATA, open_scene
@@ -302,7 +302,7 @@ def main() -> None:
     args = parse_args()
     try:
         jobs = find_jobs(args.image, args.phrase)
-        model, _ = load_checkpoint(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu")
+        model = RS2SAM2.load(args.ckpt)
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=".part-", dir=args.out).cleanup()  # can anything be written there?
     except (DataError, CheckpointError) as error:
