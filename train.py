@@ -70,6 +70,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = Average(model, recipe.ema)
         self.samples, self.best, self.saved_at, self.revision = 0, -1.0, time.time(), revision()
+        self.stop = False  # what all processes know of a signal: one of them may have noted it a moment too late for a step
         self.log, self.epoch = [], dict(EPOCH)  # the lines of log.jsonl; what is added up for the next
         shortest, longest = recipe.epoch_range
         self.epoch_samples = int(max(shortest, min(longest, len(train_set))))
@@ -140,7 +141,7 @@ class Trainer:
         self.average.update()
         self.samples += count
         if asked:  # of any of them
-            self.signals.asked = self.signals.asked or signal.SIGTERM
+            self.stop, self.signals.asked = True, self.signals.asked or signal.SIGTERM
         return dict(zip(sums, values))
 
     def backward(self, batch: dict, mine: range, count: int, last: bool) -> dict[str, torch.Tensor]:
@@ -198,10 +199,9 @@ class Trainer:
                 bar.update(count)
                 rate = self.optimizer.param_groups[0]["lr"]
                 bar.set_postfix(loss=f"{terms['loss']:.3f}", lr=f"{rate:.1e}", data=f"{loader.seconds / seconds:.0%}")
-                if self.signals.asked:
+                if self.stop:
                     self.save_last({})
-                    gather(None)  # rank 0 has written it
-                    self.signals.impatient()  # does not return
+                    self.meet()  # does not return
                 if time.time() - self.saved_at > SAVE_EVERY:
                     self.save_last({})
         waited = max(gather(now["waited"]))  # all wait for the slowest
@@ -222,6 +222,12 @@ class Trainer:
         self.average.swap()
         return result["scores"]
 
+    def meet(self) -> None:
+        """Rank 0 has written its files. From here on a signal ends the program on the spot; one that any of the processes
+        has noted ends all of them now."""
+        self.signals.asked = max(gather(self.signals.asked))
+        self.signals.impatient()
+
     def run(self) -> None:
         """Train to the end, then score and picture the best weights."""
         if not self.folder.sound:
@@ -232,8 +238,7 @@ class Trainer:
             self.signals.patient = True
             line = self.run_epoch()
             self.save_last({})  # validation may take long, and an interruption need not wait for its end
-            gather(None)  # rank 0 has written it
-            self.signals.impatient()
+            self.meet()
             scores = self.validate()
             epoch = self.samples // self.epoch_samples
             self.log.append({"epoch": epoch, "samples": self.samples} | line | {"val": scores})

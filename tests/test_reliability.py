@@ -336,6 +336,35 @@ def test_two_processes_stop_after_the_same_step(scenes, tmp_path):
     assert state["samples"] == 280 * len(state["log"]) + state["running"]["samples"] > 0
 
 
+# Gives rank 0 alone a signal when it has read the third step's sums, too late for that step, so the others know nothing of it.
+LATE = """
+import os, signal, sys
+import train
+class Bar(train.tqdm):
+    steps = 0
+    def set_postfix(self, *args, **kwargs):
+        self.steps += 1
+        if self.steps == 3 and not train.rank():
+            os.kill(os.getpid(), signal.SIGINT)
+train.tqdm = Bar
+with train.one_sentence("train.py", train.ERRORS, (FloatingPointError, train.WriteError)):
+    signals = train.Signals()
+    signals.watch()
+    train.main(signals)
+"""
+
+
+@SIGNALS
+def test_a_signal_between_two_steps_stops_two_processes_after_the_same(scenes, tmp_path):
+    (tmp_path / "late.py").write_text(LATE)
+    launch = "import sys, processes; processes.launch(2, sys.argv[1:])"
+    command = [sys.executable, "-c", launch, "late.py", *new_run(scenes)[:-6], "--workers", 0, "--batch-size", 8]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=100)
+    assert done.returncode in (130, 143) and "Traceback" not in done.stderr  # that of the first to end
+    assert done.stdout.count("go on with: python train.py --resume runs/scenes-tiny-1") == 1
+    assert read_checkpoint(tmp_path / "runs" / "scenes-tiny-1" / "last.pt")["samples"] == 4 * 8
+
+
 # ---- full disks -----------------------------------------------------------------------------------------------------------
 
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
