@@ -71,14 +71,15 @@ class OpenCLIPEncoder(nn.Module):
 
     `clip` is a model of class `open_clip.CLIP` with a ViT tower (see `weights.open_clip_model`); only what the forward
     pass uses is kept of it (not the contrastive projections and the temperature). The text tower is causal, as CLIP's
-    is, so padding on the right changes nothing before it.
+    is, so padding on the right changes nothing before it. Without `train_tokens` the words keep the vectors they have.
     """
 
-    def __init__(self, clip: nn.Module, width: int, joint_layers: int, joint_heads: int):
+    def __init__(self, clip: nn.Module, width: int, joint_layers: int, joint_heads: int, train_tokens: bool = True):
         super().__init__()
         self.visual = clip.visual
         self.visual.proj = None
         self.token_embedding, self.positional_embedding = clip.token_embedding, clip.positional_embedding
+        self.token_embedding.requires_grad_(train_tokens)
         self.transformer, self.ln_final = clip.transformer, clip.ln_final
         self.register_buffer("causal", clip.attn_mask, persistent=False)
         self.width, self.grid, self.image_size = width, self.visual.grid_size[0], self.visual.image_size[0]

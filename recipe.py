@@ -1,5 +1,5 @@
-"""How each preset is trained: its recipe and the command line that changes it, parameter groups, learning rate over
-time, averaged weights."""
+"""How each preset is trained: its recipe and the command line that changes it, the optimiser and its parameter groups,
+learning rate over time, averaged weights."""
 
 import argparse
 import math
@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from fusion import CrossAttention
 from model import PARTS, PRESETS, RS2SAM2, check_parts
 from runs import number
 
@@ -25,6 +27,7 @@ class Recipe:
     foundation_rate: float = 0.5  # share of lr for everything else that is trained
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
+    muon: float = 0.0  # Muon's learning rate for the matrices, as a multiple of the group's; 0: AdamW for these too
     schedule: str = "cosine"  # with 5 % of warm-up; or 'constant': lr / 10 after 50 epochs, as published
     clip: float = 1.0  # largest gradient norm
     cpu_processes: int = 1  # at most, where there is no card: many small operations gain more from these than from threads
@@ -46,7 +49,7 @@ class Recipe:
 RECIPES = {
     "tiny": Recipe(
         samples=28_000, epoch_range=(280, 4000), batch_size=8, cpu_processes=4, lr=1.4e-3, foundation_rate=1.0,
-        betas=(0.9, 0.98), weight_decay=0.02, augment=None, dice=1.0, pseudo=5.0,
+        betas=(0.9, 0.98), weight_decay=0.02, muon=2.0, augment=None, dice=1.0, pseudo=5.0,
     ),
     "base": Recipe(),
     "large": Recipe(),
@@ -78,14 +81,86 @@ class Average:
             p.data, self.mean[k] = self.mean[k], p.data
 
 
-def parameter_groups(model: RS2SAM2, lr: float, foundation_rate: float) -> list[dict]:
-    """Two groups for the optimiser: the paper's fusion modules at lr, everything else that is trained at its share."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest matrices with orthonormal rows or columns, nearly: U V^T of U S V^T. (N, r, c) -> (N, r, c).
+
+    Five Newton-Schulz steps, with the coefficients of Jordan et al. ("Muon", 2024), bring all singular values that are not
+    tiny into 0.7 to 1.2."""
+    x = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT  # (N, r, c) with r <= c
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # (N, r, c)
+    for _ in range(5):
+        gram = x @ x.mT  # (N, r, r)
+        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x  # (N, r, c)
+    return x if matrices.shape[1] <= matrices.shape[2] else x.mT  # (N, r, c)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the matrices of groups with `muon` set follow Jordan et al.'s Muon: momentum, made orthogonal.
+
+    Every direction of a matrix so moves at the same pace, not the few alone that gradients are large in. The update is scaled
+    to the size that AdamW's has, sqrt(rows or columns, the larger) / 5 (Liu et al., "Muon is scalable", 2025), so
+    learning rate and weight decay mean the same. Matrices of a shape are worked on in one stack."""
+
+    def __init__(self, groups: list[dict], momentum: float = 0.95, **adamw):
+        super().__init__(groups, **adamw)
+        self.momentum = momentum
+        self._step_supports_amp_scaling = False  # a GradScaler leaves out the whole step where a gradient has overflowed
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            stacks = {}
+            for p in group["params"] if group["muon"] else ():
+                if p.grad is not None:
+                    stacks.setdefault(p.shape, []).append(p)
+            for stack in stacks.values():
+                self.step_matrices(stack, group["lr"], group["weight_decay"])
+                for p in stack:
+                    p.grad = None  # AdamW leaves it alone
+        return super().step(closure)
+
+    def step_matrices(self, stack: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """A step for matrices of one shape."""
+        gradients = [p.grad for p in stack]
+        for p in stack:
+            if not self.state[p]:  # "step": without it AdamW does not load a state
+                self.state[p] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+        means = [self.state[p]["momentum"] for p in stack]
+        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
+        updates = torch._foreach_lerp(gradients, means, self.momentum)  # Nesterov's
+        size = 0.2 * max(stack[0].shape) ** 0.5
+        torch._foreach_mul_(stack, 1 - lr * weight_decay)
+        torch._foreach_add_(stack, list(orthogonal(torch.stack(updates))), alpha=-lr * size)
+
+
+def matrices(model: nn.Module) -> set[int]:
+    """The ids of the weights that map a token's features to others: of linear layers and attention, convolutions and tables
+    left out."""
+    found = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    found += [m.in_proj_weight for m in model.modules() if isinstance(m, (nn.MultiheadAttention, CrossAttention))]
+    return {id(p) for p in found if min(p.shape) > 1}
+
+
+def parameter_groups(model: RS2SAM2, lr: float, foundation_rate: float, muon: float = 0.0) -> list[dict]:
+    """Groups for the optimiser: the paper's fusion modules at lr, everything else that is trained at its share; with Muon,
+    the matrices of both after these, at `muon` times their rates."""
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     fusion = {id(p): p for m in model.fusion_modules() for p in m.parameters() if p.requires_grad}
     foundation = {i: p for i, p in trained.items() if i not in fusion}
     assert fusion.keys() <= trained.keys() and len(fusion) + len(foundation) == len(trained)
-    groups = ((fusion, lr), (foundation, lr * foundation_rate))
-    return [{"params": list(p.values()), "lr": rate, "peak": rate} for p, rate in groups]
+    groups, for_muon = [], matrices(model) if muon else set()
+    for part, rate in ((fusion, lr), (foundation, lr * foundation_rate)):
+        groups.append({"params": [p for i, p in part.items() if i not in for_muon], "peak": rate, "muon": False})
+    for part, rate in ((fusion, lr), (foundation, lr * foundation_rate)) if muon else ():
+        groups.append({"params": [p for i, p in part.items() if i in for_muon], "peak": rate * muon, "muon": True})
+    return [group | {"lr": group["peak"]} for group in groups]
+
+
+def optimizer_for(model: RS2SAM2, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    """AdamW over the parameter groups, or Muon where the recipe says so."""
+    groups = parameter_groups(model, lr, recipe.foundation_rate, recipe.muon)
+    kind = Muon if recipe.muon else torch.optim.AdamW
+    return kind(groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
 
 
 def rate_factor(schedule: str, progress: float, epoch: int) -> float:

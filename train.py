@@ -35,7 +35,7 @@ from layouts import DataError
 from losses import total_loss
 from model import RS2SAM2, compiled, count_parameters
 from processes import Shares, gather, launch, launched, process_group, rank, rank_0_first, share, world_size
-from recipe import RECIPES, Average, Recipe, command_line, parameter_groups, rate_factor
+from recipe import RECIPES, Average, Recipe, command_line, optimizer_for, rate_factor
 from runs import RunFolder, UsageError, WriteError, default_workers, free_run, pick_device, revision
 from scenes import make_scenes
 from stopping import Signals, Stopped, leave_signals, one_sentence
@@ -62,9 +62,8 @@ class Trainer:
         self.forward = self.synced = compiled(self.model) if device.type == "cuda" else self.model
         if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
             self.synced = DistributedDataParallel(self.forward)
-        groups = parameter_groups(model, args.lr, recipe.foundation_rate)
-        self.trained = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+        self.optimizer = optimizer_for(model, recipe, args.lr)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         # float16 has no range for gradients; bfloat16 and float32 need no scaling
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)

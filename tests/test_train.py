@@ -13,8 +13,10 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from torch import nn
 
 import evaluate
+import recipe
 import runs
 import train
 from data import Stream
@@ -51,7 +53,7 @@ def tiny() -> RS2SAM2:
 @pytest.mark.parametrize("train_trunk", [True, False])
 def test_parameter_groups_are_disjoint_and_complete(train_trunk):
     model = RS2SAM2(dataclasses.replace(PRESETS["tiny"], image_size=64, train_trunk=train_trunk))
-    fusion, foundation = train.parameter_groups(model, lr=1e-3, foundation_rate=0.5)
+    fusion, foundation = recipe.parameter_groups(model, lr=1e-3, foundation_rate=0.5)
     ids = [id(p) for group in (fusion, foundation) for p in group["params"]]
     assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
     assert (fusion["lr"], foundation["lr"]) == (1e-3, 5e-4)
@@ -61,6 +63,57 @@ def test_parameter_groups_are_disjoint_and_complete(train_trunk):
     trunk = model.image_encoder.trunk.blocks[0]
     assert any(p is trunk.space_adapter.up.weight for p in fusion["params"])
     assert any(p is trunk.block.norm1.weight for p in foundation["params"]) == train_trunk
+
+
+def test_muon_takes_the_matrices_of_both_groups(tiny):
+    groups = recipe.parameter_groups(tiny, lr=1e-3, foundation_rate=0.5, muon=2.0)
+    assert [(group["lr"], group["muon"]) for group in groups] == [(1e-3, False), (5e-4, False), (2e-3, True), (1e-3, True)]
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in tiny.parameters() if p.requires_grad}
+    taken = {id(p) for group in groups if group["muon"] for p in group["params"]}
+    assert all(p.ndim == 2 and min(p.shape) > 1 for group in groups[2:] for p in group["params"])
+    encoder, decoder = tiny.union_encoder, tiny.mask_decoder
+    for p in (encoder.joint[0].mlp[0].weight, encoder.joint[0].attention.in_proj_weight, decoder.output_hypernetworks_mlps[
+        0].layers[0].weight, tiny.image_encoder.trunk.blocks[0].block.attn.qkv.weight, tiny.mask_prompt.token.weight):  # fmt: skip
+        assert id(p) in taken
+    for p in (encoder.positional_embedding, encoder.visual.conv1.weight, decoder.mask_tokens.weight, tiny.text_weight.weight,
+              tiny.no_mem_embed, encoder.joint[0].norm1.weight, encoder.joint[0].mlp[0].bias):  # fmt: skip
+        assert id(p) in ids and id(p) not in taken
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24, 8), (2, 8, 24)])
+def test_orthogonal_keeps_the_directions_and_makes_their_sizes_equal(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape, dtype=torch.float64) * torch.logspace(-3, 3, shape[0], dtype=torch.float64)[:, None, None]
+    U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    within = U.mT @ recipe.orthogonal(matrices) @ Vh.mT  # diagonal where the directions are kept
+    sizes = within.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(within, torch.diag_embed(sizes), atol=1e-6, rtol=0)
+    assert 0.65 < sizes.min() and sizes.max() < 1.25
+
+
+def test_a_step_of_muon_is_as_defined_and_adamw_has_the_rest():
+    torch.manual_seed(0)
+    make = lambda: [nn.Parameter(x) for x in torch.randn(3, 6, 4, dtype=torch.float64).unbind()]  # noqa: E731
+    a, b, vector = make()
+    other = nn.Parameter(vector.detach().clone())
+    groups = [{"params": [vector], "lr": 0.1, "muon": False}, {"params": [a, b], "lr": 0.2, "muon": True}]
+    optimizer = recipe.Muon(groups, betas=(0.9, 0.98), weight_decay=0.5, fused=True)
+    adamw = torch.optim.AdamW([other], lr=0.1, betas=(0.9, 0.98), weight_decay=0.5, fused=True)
+    means, expected = [torch.zeros(6, 4, dtype=torch.float64) for _ in range(2)], [a.detach().clone(), b.detach().clone()]
+    for _ in range(3):
+        gradients = torch.randn(3, 6, 4, dtype=torch.float64)
+        for p, gradient in zip((a, b, vector), gradients):
+            p.grad = gradient.clone()
+        other.grad = gradients[2].clone()
+        optimizer.step(), adamw.step()
+        for i in range(2):
+            means[i] = 0.95 * means[i] + 0.05 * gradients[i]
+            nesterov = 0.95 * means[i] + 0.05 * gradients[i]
+            update = recipe.orthogonal(nesterov[None])[0] * 0.2 * 6**0.5
+            expected[i] = expected[i] * (1 - 0.2 * 0.5) - 0.2 * update
+    torch.testing.assert_close([a.detach(), b.detach()], expected)
+    assert torch.equal(vector, other)
 
 
 def test_the_stream_visits_every_sample_once_a_pass_and_can_be_cut_anywhere():

@@ -5,7 +5,7 @@
     python tools/benchmark.py --memory                 computed, on no device: FLOPs, and the batch that fits a card
     python tools/benchmark.py --model large --profile  where the time goes, stage by stage
 
-Weights and inputs are random. Tasks: train (forward, loss, backward, clipping, AdamW), loader (the training set's loader
+Weights and inputs are random. Tasks: train (forward, loss, backward, clipping, optimiser), loader (the training set's loader
 alone, and beside the training step), forward (as evaluate.py calls the model), evaluate (its whole loop over generated
 scenes of 800 pixels, loader and scoring included). Variants of a task are timed in turns, so that what else the machine
 does meets them alike; a figure is the median over --repeats. --baseline times the published settings beside them, on the
@@ -39,7 +39,7 @@ from data import Collate, open_dataset  # noqa: E402
 from evaluate import autocast, compute_dtype, score, to_device  # noqa: E402
 from fusion import CrossAttention  # noqa: E402
 from model import PRESETS, RS2SAM2, compiled  # noqa: E402
-from recipe import RECIPES, parameter_groups  # noqa: E402
+from recipe import RECIPES, optimizer_for  # noqa: E402
 from runs import default_workers, revision  # noqa: E402
 from scenes import scene  # noqa: E402
 from tools.counting import flops, loss_of, memory_table, random_batch, random_model  # noqa: E402
@@ -166,9 +166,9 @@ class Step:
 
     def __init__(self, model: RS2SAM2, name: str):
         recipe = RECIPES[name]
-        groups = parameter_groups(model, recipe.lr, recipe.foundation_rate)
-        self.name, self.clip, self.trained = name, recipe.clip, [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.optimizer = optimizer_for(model, recipe, recipe.lr)
+        self.name, self.clip = name, recipe.clip
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def __call__(self, call, batch, precision) -> None:
         *inputs, target = batch
