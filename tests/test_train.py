@@ -73,11 +73,11 @@ def test_muon_takes_the_matrices_of_both_groups(tiny):
     taken = {id(p) for group in groups if group["muon"] for p in group["params"]}
     assert all(p.ndim == 2 and min(p.shape) > 1 for group in groups[2:] for p in group["params"])
     encoder, decoder = tiny.union_encoder, tiny.mask_decoder
-    for p in (encoder.joint[0].mlp[0].weight, encoder.joint[0].attention.in_proj_weight, decoder.output_hypernetworks_mlps[
-        0].layers[0].weight, tiny.image_encoder.trunk.blocks[0].block.attn.qkv.weight, tiny.mask_prompt.token.weight):  # fmt: skip
+    joint, qkv = encoder.joint[0], tiny.image_encoder.trunk.blocks[0].block.attn.qkv
+    for p in (joint.mlp[0].weight, joint.attention.in_proj_weight, qkv.weight, tiny.mask_prompt.token.weight):
         assert id(p) in taken
-    for p in (encoder.positional_embedding, encoder.visual.conv1.weight, decoder.mask_tokens.weight, tiny.text_weight.weight,
-              tiny.no_mem_embed, encoder.joint[0].norm1.weight, encoder.joint[0].mlp[0].bias):  # fmt: skip
+    tables = (encoder.positional_embedding, decoder.mask_tokens.weight, tiny.no_mem_embed)
+    for p in (*tables, encoder.visual.conv1.weight, tiny.text_weight.weight, joint.norm1.weight, joint.mlp[0].bias):
         assert id(p) in ids and id(p) not in taken
 
 
