@@ -101,7 +101,13 @@ class Trainer:
 
     def resume(self, state: dict) -> None:
         peaks = [group["peak"] for group in self.optimizer.param_groups]  # --lr may have been given anew
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError:  # other groups
+            raise CheckpointError(
+                f"{self.folder.last} was trained in another way, by revision {state['revision']} of this program: go on with "
+                f"that one, or start anew from its weights by --init {self.folder.path / 'best.pt'}"
+            ) from None
         for group, peak in zip(self.optimizer.param_groups, peaks):
             group["peak"] = peak
         if state["scaler"] and self.scaler.is_enabled():

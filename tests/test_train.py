@@ -280,6 +280,14 @@ def test_resume_is_exact(finished, scenes, tmp_path, seconds):
     assert resumed["samples"] == whole["samples"] and resumed["best"] == whole["best"]
 
 
+def test_a_run_of_another_recipe_is_not_gone_on_with(finished, tmp_path):
+    state = torch.load(finished[0] / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
+    state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:2]
+    torch.save(state, tmp_path / "last.pt")
+    printed = run("train.py", "--resume", "last.pt", cwd=tmp_path, code=2)
+    assert f"last.pt was trained in another way, by revision {state['revision']} of this program" in printed
+
+
 def test_what_resume_can_t_change_is_said(finished):
     cwd, _ = finished
     printed = run("train.py", "--resume", "runs/scenes-tiny-1", "--image-size", 96, cwd=cwd, code=2)
