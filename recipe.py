@@ -48,7 +48,7 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe(
-        samples=28_000, epoch_range=(280, 4000), batch_size=8, cpu_processes=4, lr=1.4e-3, foundation_rate=1.0,
+        samples=24_000, epoch_range=(280, 4000), batch_size=8, cpu_processes=4, lr=1.4e-3, foundation_rate=1.0,
         betas=(0.9, 0.98), weight_decay=0.02, muon=2.0, augment=None, dice=1.0, pseudo=5.0,
     ),
     "base": Recipe(),
@@ -88,9 +88,13 @@ def orthogonal(matrices: Tensor) -> Tensor:
     tiny into 0.7 to 1.2."""
     x = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT  # (N, r, c) with r <= c
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # (N, r, c)
-    for _ in range(5):
-        gram = x @ x.mT  # (N, r, r)
-        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x  # (N, r, c)
+    one = 3.4445 * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)  # (r, r)
+    gram, total = torch.bmm(x, x.mT), None  # (N, r, r), all steps' factors multiplied: r x r products are the cheapest way
+    for last in (False,) * 4 + (True,):
+        factor = one + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # (N, r, r)
+        total = factor if total is None else torch.bmm(factor, total)  # (N, r, r)
+        gram = None if last else torch.bmm(torch.bmm(factor, gram), factor)  # (N, r, r)
+    x = torch.bmm(total, x)  # (N, r, c)
     return x if matrices.shape[1] <= matrices.shape[2] else x.mT  # (N, r, c)
 
 
