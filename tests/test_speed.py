@@ -356,7 +356,7 @@ def test_a_compiled_training_step_on_cuda():
     device = torch.device("cuda")
     model = random_model("open_clip").to(device)
     model.cast_frozen(torch.bfloat16)
-    step, traced = benchmark.Step(model, "tiny"), compiled(model)
+    step, traced = benchmark.Step(model, "tiny", benchmark.RECIPES["tiny"]), compiled(model)
     batch = counting.random_batch(model, 4, device)
     before = model.text_features.weight.detach().clone()
     for _ in range(3):

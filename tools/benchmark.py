@@ -16,6 +16,7 @@ synchronisation and an emptied cache after each step. MFU is the share of what t
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import itertools
 import math
@@ -39,7 +40,7 @@ from data import Collate, open_dataset  # noqa: E402
 from evaluate import autocast, compute_dtype, score, to_device  # noqa: E402
 from fusion import CrossAttention  # noqa: E402
 from model import PRESETS, RS2SAM2, compiled  # noqa: E402
-from recipe import RECIPES, optimizer_for  # noqa: E402
+from recipe import RECIPES, Recipe, optimizer_for  # noqa: E402
 from runs import default_workers, revision  # noqa: E402
 from scenes import scene  # noqa: E402
 from tools.counting import flops, loss_of, memory_table, random_batch, random_model  # noqa: E402
@@ -164,8 +165,7 @@ def cpu_info() -> list[str]:
 class Step:
     """A training step as train.py does it. batch as `random_batch` gives it; call is the model or its compiled form."""
 
-    def __init__(self, model: RS2SAM2, name: str):
-        recipe = RECIPES[name]
+    def __init__(self, model: RS2SAM2, name: str, recipe: Recipe):
         self.optimizer = optimizer_for(model, recipe, recipe.lr)
         self.name, self.clip = name, recipe.clip
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -234,6 +234,8 @@ def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step:
         )
     if args.baseline and task != "evaluate":
         settings = partial(published_settings, model, half_encoder=clock.cuda and task == "train")
+        if task == "train" and RECIPES[args.model].muon:  # published: AdamW alone
+            step = Step(model, args.model, dataclasses.replace(RECIPES[args.model], muon=0.0))
         once = {"forward": forward_once, "train": step}[task]
         runs[BASELINE, 1] = settings, partial(flushed, partial(once, model, batches[1], contextlib.nullcontext))
     return runs
@@ -335,7 +337,7 @@ def measured(args) -> str:
     if args.profile:
         return text + profile(model.eval(), clock, random_batch(model, args.batch_size[-1], clock.device))
     calls = {"as it is": model} | {f"compiled ({mode})": compiled(model, mode) for mode in args.compile}
-    step = Step(model, args.model) if "train" in args.tasks else None
+    step = Step(model, args.model, RECIPES[args.model]) if "train" in args.tasks else None
     lines = [
         "| preset | task | variant | batch | images/s | ms an image | MFU | peak GiB | times published |",
         "|---" * 9 + "|",
