@@ -87,7 +87,7 @@ PRESETS = {
         decoder={"dim": 64, "heads": 4, "mlp": 256},
         encoder="open_clip",
         encoder_name=TINY_CLIP,
-        # Random vectors tell words apart as well as trained ones, and their table is 70 % of the weights.
+        # Random vectors tell words apart as well as trained ones, and their table is 68 % of the weights.
         encoder_args={"width": 64, "joint_layers": 2, "joint_heads": 2, "train_tokens": False},
         image_size=128,
         reduction=1,
@@ -229,7 +229,7 @@ class RS2SAM2(nn.Module):
         return [p.point_embeddings, p.not_a_point_embed, *heads]
 
     def fusion_modules(self) -> list[nn.Module]:
-        """The modules the paper adds to SAM 2 and the union encoder, trained at the higher rate."""
+        """The modules the paper adds to SAM 2 and the union encoder: trained at lr, the rest at the recipe's share of it."""
         modules = [*self.image_encoder.adapters(), self.decoder_fusion, self.mask_prompt]
         return [m for m in modules if m]
 

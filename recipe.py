@@ -23,7 +23,7 @@ class Recipe:
     epoch_range: tuple[int, float] = (1, math.inf)  # samples: several passes over a small set, a part of a large one
     samples: int = 0  # the budget in samples that takes the place of `epochs`: the same whatever the data set's size
     batch_size: int = 8
-    lr: float = 1e-4  # of the fusion modules
+    lr: float = 1e-4  # of the fusion modules (times `muon` for their matrices, where that is set)
     foundation_rate: float = 0.5  # share of lr for everything else that is trained
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
@@ -103,8 +103,8 @@ class Muon(torch.optim.AdamW):
 
     Every direction of a matrix so moves at the same pace, not the few alone that gradients are large in. The update is scaled
     to the size that AdamW's has, sqrt(rows or columns, the larger) / 5 (Liu et al., "Muon is scalable", 2025), so
-    learning rate and weight decay mean the same. Matrices of a shape are worked on in one stack, in float32; torch's own
-    Muon, which is there from 2.9 on, takes one matrix after the other and bfloat16, both slow on a CPU."""
+    learning rate and weight decay mean the same. Matrices of a shape are worked on in one stack and in their own
+    precision; torch's own Muon, there from 2.9 on, takes one matrix after the other and bfloat16, both slow on a CPU."""
 
     def __init__(self, groups: list[dict], momentum: float = 0.95, **adamw):
         super().__init__(groups, **adamw)
@@ -112,7 +112,7 @@ class Muon(torch.optim.AdamW):
         self._step_supports_amp_scaling = False  # a GradScaler leaves out the whole step where a gradient has overflowed
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             stacks = {}
             for p in group["params"] if group["muon"] else ():
@@ -122,7 +122,7 @@ class Muon(torch.optim.AdamW):
                 self.step_matrices(stack, group["lr"], group["weight_decay"])
                 for p in stack:
                     p.grad = None  # AdamW leaves it alone
-        return super().step(closure)
+        super().step()
 
     def step_matrices(self, stack: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         """A step for matrices of one shape."""

@@ -106,7 +106,7 @@ class Trainer:
         except ValueError:  # other groups
             raise CheckpointError(
                 f"{self.folder.last} was trained in another way, by revision {state['revision']} of this program: go on with "
-                f"that one, or start anew from its weights by --init {self.folder.path / 'best.pt'}"
+                f"that one, or start anew from its weights by --init {self.folder.last}"
             ) from None
         for group, peak in zip(self.optimizer.param_groups, peaks):
             group["peak"] = peak
@@ -355,7 +355,8 @@ def main(signals: Signals | None = None) -> None:
             if not rank():
                 trainer.folder.make()
             if checkpoint:
-                trainer.resume(checkpoint)
+                with rank_0_first():
+                    trainer.resume(checkpoint)
                 trainer.folder.sound = args.resume == trainer.folder.last
             counts, where = count_parameters(model), f"{world_size()} x {device.type}" if world_size() > 1 else device
             variant = f"{args.model} without {', '.join(without)}" if without else args.model

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from layouts import DataError, read_samples  # noqa: E402
 from model import PRESETS  # noqa: E402
 from recipe import RECIPES  # noqa: E402
-from runs import UsageError, number  # noqa: E402
+from runs import RunFolder, UsageError, number  # noqa: E402
 from scenes import make_scenes  # noqa: E402
 
 # name -> (what the table calls it, train.py's --without). BHFM is both fusions of the text: in the image encoder and before
@@ -63,7 +63,7 @@ class Runs:
         """What is left to do for a run: nothing, or to train it or go on with it, then to score it."""
         if (folder / "scores.json").exists():
             return []
-        if (folder / "last.pt").exists():
+        if RunFolder(folder).taken():
             train = ["train.py", "--resume", folder]
         else:
             args, without = self.args, VARIANTS[variant][1]

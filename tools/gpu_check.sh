@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything there is to learn on a CUDA card, in under 20 minutes on an H100: the GPU tests, then the benchmark.
+# Everything there is to learn on a CUDA card, in at most 22 minutes on an H100: the GPU tests, then the benchmark.
 # Its tables are appended to BENCHMARKS.md. A step that fails or takes too long does not stop the others.
 set -u
 cd "$(dirname "$0")/.."
