@@ -154,11 +154,11 @@ def parameter_groups(model: RS2SAM2, lr: float, foundation_rate: float, muon: fl
     foundation = {i: p for i, p in trained.items() if i not in fusion}
     assert fusion.keys() <= trained.keys() and len(fusion) + len(foundation) == len(trained)
     groups, for_muon = [], matrices(model) if muon else set()
-    for part, rate in ((fusion, lr), (foundation, lr * foundation_rate)):
-        groups.append({"params": [p for i, p in part.items() if i not in for_muon], "peak": rate, "muon": False})
-    for part, rate in ((fusion, lr), (foundation, lr * foundation_rate)) if muon else ():
-        groups.append({"params": [p for i, p in part.items() if i in for_muon], "peak": rate * muon, "muon": True})
-    return [group | {"lr": group["peak"]} for group in groups]
+    for chosen, times in ((False, 1.0), (True, muon)) if muon else ((False, 1.0),):
+        for part, rate in ((fusion, lr), (foundation, lr * foundation_rate)):
+            params = [p for i, p in part.items() if (i in for_muon) == chosen]
+            groups.append({"params": params, "lr": rate * times, "peak": rate * times, "muon": chosen})
+    return groups
 
 
 def optimizer_for(model: RS2SAM2, recipe: Recipe, lr: float) -> torch.optim.Optimizer:

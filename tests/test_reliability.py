@@ -337,20 +337,18 @@ def test_two_processes_stop_after_the_same_step(scenes, tmp_path):
 
 
 # Gives rank 0 alone a signal when it has read the third step's sums, too late for that step, so the others know nothing of it.
-LATE = """
-import os, signal, sys
-import train
-class Bar(train.tqdm):
+LATE = f"""
+import os, runpy, signal
+import tqdm
+from processes import rank
+class Bar(tqdm.tqdm):
     steps = 0
     def set_postfix(self, *args, **kwargs):
         self.steps += 1
-        if self.steps == 3 and not train.rank():
+        if self.steps == 3 and not rank():
             os.kill(os.getpid(), signal.SIGINT)
-train.tqdm = Bar
-with train.one_sentence("train.py", train.ERRORS, (FloatingPointError, train.WriteError)):
-    signals = train.Signals()
-    signals.watch()
-    train.main(signals)
+tqdm.tqdm = Bar
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """
 
 
