@@ -171,7 +171,8 @@ class FusedHiera(nn.Module):
     """SAM 2's Hiera trunk with a fusion layer in every block.
 
     `trunk` is taken over: its blocks are wrapped in place, its own parameters keep their requires_grad.
-    The adapters' hidden width is D / `reduction`. For ablations: `fuse` off leaves out all adapters, `rewrite_text` off the
+    The adapters' hidden width is D / `reduction`. `zero_init` (architecture `ours`) starts their output layers at zero, so
+    that the first step sees the trunk as it was. For ablations: `fuse` off leaves out all adapters, `rewrite_text` off the
     direction from vision to text. Where `checkpoint_activations` is set, training keeps no more than each
     block's input and computes the rest again in the backward pass: less memory, a forward pass more of the trunk.
     forward: image (B, 3, H, W) float, text (B, L, C), text_mask (B, L) bool or None -> stage outputs, finest first,
@@ -179,7 +180,7 @@ class FusedHiera(nn.Module):
     """
 
     def __init__(
-        self, trunk: Hiera, text_dim: int, reduction: int = 4, positions: bool = False, fuse=True, rewrite_text=True
+        self, trunk: Hiera, text_dim: int, reduction: int = 4, positions=False, zero_init=False, fuse=True, rewrite_text=True
     ):
         super().__init__()
         last = len(trunk.blocks) - 1
@@ -191,6 +192,9 @@ class FusedHiera(nn.Module):
         )
         self.trunk = trunk
         self.checkpoint_activations = False
+        for adapter in self.adapters() if zero_init else ():
+            nn.init.zeros_(adapter.up.weight)
+            nn.init.zeros_(adapter.up.bias)
 
     def adapters(self) -> list[nn.Module]:
         """The modules this class added to the trunk."""

@@ -120,6 +120,23 @@ def test_foundation_stays_frozen_and_in_eval_mode():
     assert counts["total"] == counts["trained"] + counts["frozen"] and counts["frozen"] > 0
 
 
+@pytest.mark.parametrize("encoder", ["open_clip", "beit3"])
+def test_the_first_step_of_ours_sees_the_trunk_as_it_was(encoder):
+    """Zeroed output layers in architecture `ours` only: they learn at once, the published trunk starts disturbed."""
+    torch.manual_seed(0)
+    model = RS2SAM2(small_preset(encoder))
+    image, text = torch.randn(2, 3, 64, 64), torch.randn(2, 5, 64)
+    stages = model.image_encoder(image, text)
+    x = model.image_encoder.trunk.patch_embed(image)
+    x = x + model.image_encoder.trunk._get_pos_embed(x.shape[1:3])
+    for block in model.image_encoder.trunk.blocks:
+        x = block.block(x)  # sam2's own forward
+    same = torch.allclose(stages[-1], x.permute(0, 3, 1, 2), atol=1e-5)
+    assert same == (encoder == "open_clip")
+    stages[-1].square().sum().backward()
+    assert all(adapter.up.weight.grad.abs().max() > 0 for adapter in model.image_encoder.adapters())
+
+
 def test_no_video_memory_is_built():
     names = " ".join(k for k, _ in RS2SAM2(small_preset("open_clip")).named_modules())
     assert not any(word in names for word in ("memory", "maskmem", "obj_ptr"))
