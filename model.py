@@ -51,9 +51,9 @@ class Preset:
     """Everything that fixes the network. A checkpoint holds it, so it can be rebuilt from the file alone.
 
     architecture: 'published' (the paper's release, to the letter) or 'ours': position codes in every adapter, before the
-    pseudo-mask's match and in the decoder's fusion, whose two products get a residual; the adapters' output layers start
-    at zero; four sparse tokens, not one; and the pseudo-mask enters SAM 2's mask path as logits, for which that path was
-    trained, not as a probability.
+    pseudo-mask's match and in the decoder's fusion, whose two products get a residual; the adapters add to the text and do
+    not fade it, and their output layers start at zero; four sparse tokens, not one; and the pseudo-mask enters SAM 2's mask
+    path as logits, for which that path was trained, not as a probability.
     """
 
     architecture: str
@@ -183,7 +183,7 @@ class RS2SAM2(nn.Module):
         image_encoder.requires_grad_(preset.train_trunk)
         self.neck = image_encoder.neck
         self.image_encoder = FusedHiera(
-            image_encoder.trunk, dim, preset.reduction, positions=ours, zero_init=ours,
+            image_encoder.trunk, dim, preset.reduction, positions=ours, residual=ours,
             fuse="fusion" not in out, rewrite_text="rewriting" not in out,
         )  # fmt: skip
         if preset.train_trunk:

@@ -11,6 +11,7 @@ from torch.utils._device import DeviceContext
 import losses
 from checkpoints import CheckpointError, load_checkpoint
 from encoder import BEiT3Encoder
+from fusion import BidirectionalAdapter
 from model import PRESETS, RS2SAM2, Preset, count_parameters
 from weights import is_unused, our_name
 
@@ -135,6 +136,20 @@ def test_the_first_step_of_ours_sees_the_trunk_as_it_was(encoder):
     assert same == (encoder == "open_clip")
     stages[-1].square().sum().backward()
     assert all(adapter.up.weight.grad.abs().max() > 0 for adapter in model.image_encoder.adapters())
+
+
+def test_what_is_rewritten_is_added_to_the_text_in_ours_and_blended_into_it_as_published():
+    """The published 0.8 / 0.2, by hand, against the sum of architecture `ours`, on the same weights."""
+    torch.manual_seed(0)
+    published, ours = BidirectionalAdapter(32, 24, 16), BidirectionalAdapter(32, 24, 16, residual=True)
+    x, text, mask = torch.randn(2, 4, 6, 32), torch.randn(2, 5, 24), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    for before, after in zip((x, text), ours(x, text, mask)):
+        assert torch.equal(before, after)  # nothing is added at the start
+    ours.load_state_dict(published.state_dict())
+    (x_published, text_published), (x_ours, text_ours) = published(x, text, mask), ours(x, text, mask)
+    assert torch.equal(x_published, x_ours)
+    torch.testing.assert_close(text_published - 0.8 * text, 0.2 * (text_ours - text))
+    assert (text_ours - text).abs().min(-1).values.max() > 1e-3  # it is rewritten indeed
 
 
 def test_no_video_memory_is_built():

@@ -195,7 +195,8 @@ def test_another_resolution_interpolates_the_position_table(small_clip, sam2_tin
     assert torch.equal(table[0], theirs.visual.positional_embedding[0])  # the class token's
     assert torch.equal(encoder.visual.conv1.weight, theirs.visual.conv1.weight)
     assert torch.equal(model.no_mem_embed, sam2_tiny[0].no_mem_embed)
-    zeroed = {id(p) for adapter in model.image_encoder.adapters() for p in adapter.up.parameters()}
+    layers = [layer for a in model.image_encoder.adapters() for layer in (a.up, getattr(a, "text_up", None)) if layer]
+    zeroed = {id(p) for layer in layers for p in layer.parameters()}
     for name, p in model.named_parameters():  # what no file holds was drawn at random all the same, or starts at zero
         if id(p) in zeroed:
             assert p.count_nonzero() == 0, name
