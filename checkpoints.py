@@ -48,15 +48,16 @@ def build(
     name: one of PRESETS; image_size: instead of the preset's; from_scratch: random weights, all trained (`tiny` always);
     sam2_file: a SAM 2 file of the preset's size; encoder: another open_clip model as union encoder; encoder_weights: a
     pretrained tag of open_clip or a file, or BEiT-3's file with beit3.spm beside it; encoder_size: the side of the
-    open_clip model's images, by interpolating its position table; without: names of PARTS, left out. WeightsError in one
-    sentence.
+    open_clip model's images (a pretrained position table is interpolated); without: names of PARTS, left out. WeightsError
+    in one sentence.
     """
     preset = replace(PRESETS[name], without=tuple(without))
     if image_size:
         preset = replace(preset, image_size=check_image_size(image_size))
-    if (encoder or encoder_size) and name not in ("base", "large"):
-        option = f"--encoder {encoder}" if encoder else f"--encoder-size {encoder_size}"
-        raise WeightsError(f"{option}: preset {name} has a union encoder of its own; use base or large")
+    if encoder and name not in ("base", "large"):
+        raise WeightsError(f"--encoder {encoder}: preset {name} has a union encoder of its own; use base or large")
+    if encoder_size and preset.encoder == "beit3":
+        raise WeightsError(f"--encoder-size {encoder_size}: preset {name}'s BEiT-3 has a size of its own; use another preset")
     if encoder:
         preset = replace(preset, encoder_name=encoder, encoder_tag=None)
     preset = replace(preset, encoder_size=encoder_size)

@@ -217,7 +217,7 @@ def command_line(description: str) -> argparse.ArgumentParser:
     add("--encoder", metavar="NAME", help="another open_clip model as union encoder, e.g. ViT-B-32 (base, large)")
     add("--encoder-weights", metavar="TAG|FILE",
         help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file")
-    add("--encoder-size", type=integer(1), help="side of its images (default: as it was trained)")
+    add("--encoder-size", type=integer(1), help="side of its images (default: the preset's)")
     add("--without", type=part_names, default=(), metavar="PARTS",
         help="leave parts out, for an ablation; names with commas between: "
         + "; ".join(f"{name} ({what})" for name, what in PARTS.items()))

@@ -339,35 +339,36 @@ def open_clip_model(model: str | dict, tag: str | None = None, image_size: int |
     """A CLIP of open_clip with random weights: by name, or from a dict of open_clip.CLIP's own arguments.
 
     image_size: side of its images, a multiple of its patches, instead of the one it was trained with.
-
     The pretrained tag decides image normalisation and activation (OpenAI's weights use QuickGELU). Only names whose towers
     are open_clip's own ViT and text transformer with its byte-pair tokeniser are accepted (about 32); WeightsError else.
     """
-    if isinstance(model, dict):
-        return open_clip.CLIP(**model)
+    config = dict(model) if isinstance(model, dict) else open_clip_config(model)
+    vision = config["vision_cfg"]
+    if image_size and image_size % (patch := vision["patch_size"]):
+        name = "the preset's encoder" if isinstance(model, dict) else model
+        raise WeightsError(f"union encoder at {image_size} pixels: {name} needs a multiple of its patches of {patch}")
+    pretrained = open_clip.get_pretrained_cfg(model, tag) if tag else {}
+    config["quick_gelu"] = pretrained.get("quick_gelu", config.get("quick_gelu", False))
+    clip = open_clip.CLIP(**config | {"vision_cfg": vision | {"image_size": image_size or vision["image_size"]}})
+    if "mean" in pretrained:
+        clip.visual.preprocess_cfg = {"mean": pretrained["mean"], "std": pretrained["std"]}
+    return clip
+
+
+def open_clip_config(model: str) -> dict:
+    """The arguments of open_clip.CLIP for the name of a plain model; WeightsError for other names."""
     config = open_clip.get_model_config(model)
     if config is None:
-        raise WeightsError(
-            f"open_clip has no model {model!r}: `python -c 'import open_clip; print(open_clip.list_models())'`"
-        )
+        listing = "python -c 'import open_clip; print(open_clip.list_models())'"
+        raise WeightsError(f"open_clip has no model {model!r}: `{listing}`")
     vision, text = config["vision_cfg"], config["text_cfg"]
-    plain = not (config.get("custom_text") or {"hf_model_name", "hf_tokenizer_name"} & text.keys())
-    if not plain or "timm_model_name" in vision or not isinstance(vision.get("layers"), int):
+    others = config.get("custom_text") or {"hf_model_name", "hf_tokenizer_name"} & text.keys()
+    if others or "timm_model_name" in vision or not isinstance(vision.get("layers"), int):
         raise WeightsError(
             f"open_clip's {model} is not made of its own ViT and text transformer with the byte-pair tokeniser: choose a "
             f"plain one such as ViT-B-32, ViT-B-16 or ViT-L-14"
         )
-    if image_size:
-        if image_size % vision["patch_size"]:
-            raise WeightsError(
-                f"union encoder at {image_size} pixels: {model} needs a multiple of its patches of {vision['patch_size']}"
-            )
-        config["vision_cfg"] = vision | {"image_size": image_size}
-    pretrained = open_clip.get_pretrained_cfg(model, tag) if tag else {}
-    clip = open_clip.CLIP(**{**config, "quick_gelu": pretrained.get("quick_gelu", config.get("quick_gelu", False))})
-    if "mean" in pretrained:
-        clip.visual.preprocess_cfg = {"mean": pretrained["mean"], "std": pretrained["std"]}
-    return clip
+    return config
 
 
 def find_open_clip(name: str, source: str) -> Path:

@@ -206,8 +206,17 @@ def test_another_resolution_interpolates_the_position_table(small_clip, sam2_tin
     assert again.union_encoder.image_size == 64
     with pytest.raises(WeightsError, match="--encoder-size|patches of 8"):
         build("base", sam2_file=sam2_tiny[1], encoder="small-clip", encoder_weights=path, encoder_size=60)
-    with pytest.raises(WeightsError, match="--encoder-size 64: preset tiny has a union encoder of its own"):
-        build("tiny", encoder_size=64)
+    with pytest.raises(WeightsError, match="--encoder-size 64: preset paper's BEiT-3 has a size of its own"):
+        build("paper", encoder_size=64)
+
+
+def test_a_union_encoder_that_starts_from_random_weights_takes_another_size_too():
+    model = build("tiny", encoder_size=64)
+    assert (model.union_encoder.image_size, model.union_encoder.grid) == (64, 8)
+    again = rebuild({"preset": dataclasses.asdict(model.preset), "model": model.state_dict()})
+    assert again.union_encoder.image_size == 64
+    with pytest.raises(WeightsError, match="the preset's encoder needs a multiple of its patches of 8"):
+        build("tiny", encoder_size=60)
 
 
 def test_what_is_not_a_plain_vit_is_refused_in_one_sentence():
