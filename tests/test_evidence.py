@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import ablate  # noqa: E402
+import bhfm  # noqa: E402
 import language  # noqa: E402
 
 VARIANTS = [
@@ -414,6 +415,74 @@ def test_the_tool_runs_end_to_end(scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*common, "--scenes", "2"])
     language.main()
     assert "nowhere is not at hand" in capsys.readouterr().out
+
+
+# ---- what a trained model uses -------------------------------------------------------------------------------------
+
+
+def test_each_change_of_the_fusion_changes_what_it_says_and_nothing_stays_behind():
+    torch.manual_seed(0)
+    model = RS2SAM2(small_preset("open_clip")).eval()
+    for adapter in model.image_encoder.adapters():  # as after training: nothing is zero
+        for layer in (adapter.up, getattr(adapter, "text_up", adapter.up)):
+            torch.nn.init.normal_(layer.weight, std=0.3)
+    seen = {}
+
+    def keep(name):
+        return lambda module, args, output: seen.update({name: output})
+
+    model.image_encoder.register_forward_hook(keep("stages"))
+    model.image_encoder.trunk.blocks[0].register_forward_hook(keep("block"))
+    batch = random_batch(model, [7, 5, 3])
+
+    def run(hooks) -> dict:
+        with torch.no_grad(), bhfm.hooked(hooks):
+            return {"logits": model(*batch).logits, "stage": seen["stages"][-1], "block": seen["block"][0]}
+
+    whole = run([])
+    names = bhfm.changes(model)
+    assert len(names) == 8
+    for name, hooks in names.items():
+        changed = {key: not torch.equal(value, whole[key]) for key, value in run(hooks).items()}
+        product, rewriting = "product" in name, "rewritten" in name
+        assert changed["logits"], name
+        assert changed["stage"] is not product, name  # the product comes after the image encoder
+        assert changed["block"] is not (product or rewriting), name  # the first block's image has read the text as it came
+    assert all(torch.equal(value, whole[key]) for key, value in run([]).items())
+
+
+def test_changes_of_parts_that_are_not_there_are_left_out():
+    assert list(bhfm.changes(variant("fusion,decoder-fusion"))) == []
+    assert not any("rewritten" in name for name in bhfm.changes(variant("rewriting")))
+    assert not any("product" in name for name in bhfm.changes(variant("decoder-fusion")))
+
+
+def test_the_spread_of_attention_by_hand():
+    attention = bhfm.CrossAttention(4, 2)
+    memory = torch.eye(4)[None].repeat(1, 2, 1)[:, :6]  # 6 tokens: 0 1 2 3 0 1
+    with torch.no_grad():
+        attention.in_proj_weight.zero_()
+        torch.testing.assert_close(bhfm.spread(attention, memory[:, :2], memory), torch.ones(1, 2))
+        attention.in_proj_weight[:8] = torch.eye(4).repeat(2, 1) * 40  # a query reads the tokens that are like it
+    # token 0 occurs twice: its head sees 2 of 6 tokens, the other head, whose query is zero, all 6
+    expected = torch.full((1, 2), (2 / 6 + 1) / 2)
+    torch.testing.assert_close(bhfm.spread(attention, memory[:, :2], memory), expected)
+
+
+def test_the_tool_about_the_fusion_runs_end_to_end(scenes, tmp_path, capsys, monkeypatch):
+    model = RS2SAM2(small_preset("open_clip"))
+    facts = {"data": str(scenes), "model_name": "tiny", "revision": "", "preset": dataclasses.asdict(model.preset)}
+    torch.save(facts | {"model": model.state_dict()}, tmp_path / "m.pt")
+    monkeypatch.setattr(sys, "argv", ["bhfm.py", "--ckpt", str(tmp_path / "m.pt"), "--split", "val"])
+    bhfm.main()
+    said = capsys.readouterr().out
+    rows = numbers(said)
+    assert len(rows) == 10 and rows["nothing"] == rows["no adapters"]  # untrained, the adapters add nothing
+    assert "over this share of the image: " in said
+    monkeypatch.setattr(sys, "argv", ["bhfm.py", "--ckpt", str(tmp_path / "m.pt"), "--data", "nowhere"])
+    with pytest.raises(SystemExit):
+        bhfm.main()
+    assert "no folder nowhere" in capsys.readouterr().err
 
 
 def test_held_out_pairs_are_never_said_in_training(tmp_path):

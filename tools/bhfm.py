@@ -1,0 +1,166 @@
+"""What does a trained model do with its BHFM? Score it with parts of the fusion changed by hand, after training.
+
+    python tools/bhfm.py --ckpt best.pt                  on the test split of the data set it was trained on
+    python tools/bhfm.py --ckpt best.pt --data RRSIS-D --split val
+
+`tools/ablate.py` trains models that never had a part, and so have found another way to do its work; here a model that has
+all parts loses one, or is given the reading of another image. A change that costs nothing names something that the model
+does not use. Printed, in Markdown: a line a change; and, of each block, over how much of the image the text spreads its
+attention (the perplexity of its weights over the number of places: 1 is the plain mean of the image).
+"""
+
+import argparse
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoints import CheckpointError, load_checkpoint  # noqa: E402
+from evaluate import open_split, score, summarise_rows  # noqa: E402
+from fusion import BidirectionalAdapter, Bottleneck, CrossAttention  # noqa: E402
+from layouts import DataError  # noqa: E402
+from runs import default_workers  # noqa: E402
+
+COLUMNS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.9", "bIoU")
+
+
+def nothing(module, args, output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def same_everywhere(module, args, read: Tensor) -> Tensor:
+    """What the places (B, HW, h) read, averaged over them."""
+    return read.mean(1, keepdim=True).expand_as(read)  # (B, HW, h)
+
+
+def unchanged(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return args[0], args[1]
+
+
+def text_unchanged(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return output[0], args[1]
+
+
+def another_image(module, args) -> tuple:
+    query, vision, *rest = args
+    return query, vision.roll(1, 0), *rest
+
+
+def average_image(module, args) -> tuple:
+    query, vision, *rest = args
+    return query, vision.mean(1, keepdim=True), *rest
+
+
+def changes(model: nn.Module) -> dict[str, list[tuple[nn.Module, object]]]:
+    """Name of a change -> the modules it concerns, each with a hook: `another_image` and `average_image` change what goes in,
+    the others what comes out. Changes of parts that the model was built without are left out."""
+    adapters = model.image_encoder.adapters()
+    both = [a for a in adapters if isinstance(a, BidirectionalAdapter)]
+    from_text = [a.vision_reads_text for a in both]
+    from_vision = [a.text_reads_vision for a in both if a.rewrite_text]
+    product = [model.decoder_fusion.attention] if model.decoder_fusion else []
+    plain = [(a, nothing) for a in adapters if isinstance(a, Bottleneck)]
+    found = {
+        "no adapters": [*plain, *((a, unchanged) for a in both)],
+        "no text in the image": [(m, nothing) for m in from_text],
+        "the same text at every place": [(m, same_everywhere) for m in from_text],
+        "text not rewritten": [(a, text_unchanged) for a in both] if from_vision else [],
+        "text rewritten by another image": [(m, another_image) for m in from_vision],
+        "text rewritten by the mean of the image": [(m, average_image) for m in from_vision],
+        "no product before the decoder": [(m, nothing) for m in product] if product and model.decoder_fusion.residual else [],
+        "that product the same at every place": [(m, same_everywhere) for m in product],
+    }
+    return {name: hooks for name, hooks in found.items() if hooks}
+
+
+@contextmanager
+def hooked(hooks: list[tuple[nn.Module, object]]):
+    """The modules with their hooks, taken off again at the end."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            before = hook in (another_image, average_image)
+            add = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(add(hook).remove)
+        yield
+
+
+def spread(attention: CrossAttention, query: Tensor, memory: Tensor) -> Tensor:
+    """Perplexity of each query's weights over the memory, as a share of its length, mean over the heads.
+
+    query (B, Nq, dim), memory (B, Nk, dim) -> (B, Nq), 1/Nk where all weight lies on one token, 1 where it is even."""
+    dim, heads = query.shape[-1], attention.heads
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    q = nn.functional.linear(query, weight[:dim], bias[:dim]).unflatten(-1, (heads, -1))  # (B, Nq, heads, dim/heads)
+    k = nn.functional.linear(memory, weight[dim:-dim], bias[dim:-dim]).unflatten(-1, (heads, -1))  # (B, Nk, heads, ..)
+    scores = torch.einsum("bqhc,bkhc->bhqk", q, k).float() * (dim // heads) ** -0.5  # (B, heads, Nq, Nk)
+    entropy = torch.special.entr(scores.softmax(-1)).sum(-1)  # (B, heads, Nq)
+    return (entropy.exp() / memory.shape[1]).mean(1)  # (B, Nq)
+
+
+@contextmanager
+def watched(model: nn.Module):
+    """-> a list for each block that rewrites text: the mean `spread` of its real text tokens, a number a batch."""
+    reading = [a.text_reads_vision for a in model.image_encoder.adapters() if getattr(a, "rewrite_text", False)]
+    shares, text_mask = {module: [] for module in reading}, []
+
+    def see_mask(module, args):
+        text_mask[:] = [args[2]]  # (B, L)
+
+    def see_attention(module, args, output):
+        shares[module].append(spread(module, *args[:2])[text_mask[0]].mean().item())
+
+    with ExitStack() as stack:
+        stack.callback(model.image_encoder.register_forward_pre_hook(see_mask).remove)
+        for module in reading:
+            stack.callback(module.register_forward_hook(see_attention).remove)
+        yield list(shares.values())
+
+
+def measure(model: nn.Module, dataset, workers: int = 0) -> str:
+    """The table of all changes, and the line about attention."""
+    # in an order in which neighbours in a batch are of different images
+    dataset = Subset(dataset, np.random.default_rng(0).permutation(len(dataset)).tolist())
+
+    def line(name: str) -> str:
+        scores = summarise_rows(score(model, dataset, workers=workers, title=name), "ours")
+        return f"| {name} | " + " | ".join(f"{scores[c]:.1f}" for c in COLUMNS) + " |"
+
+    lines = ["| changed | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    with watched(model) as shares:
+        lines.append(line("nothing"))
+    for name, hooks in changes(model).items():
+        with hooked(hooks):
+            lines.append(line(name))
+    if shares:
+        means = ", ".join(f"{np.mean(share):.2f}" for share in shares)
+        lines += ["", f"The text spreads its attention, block by block, over this share of the image: {means}."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default="best.pt", help="a checkpoint of train.py (default: best.pt)")
+    parser.add_argument("--data", help="data set by name or path (default: the one the checkpoint was trained on)")
+    parser.add_argument("--split", help="train, val or test (default: test, or val where there is none)")
+    args = parser.parse_args()
+    try:
+        model, checkpoint = load_checkpoint(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu")
+        if not (data := args.data or checkpoint["data"]):
+            raise DataError(f"{args.ckpt} holds published weights, which name no data set: give it with --data")
+        sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
+        dataset = open_split(data, args.split, **sizes)
+        print(f"{args.ckpt} on {data}, split {dataset.split}, {len(dataset)} phrases, per cent:\n")
+        print(measure(model, dataset, default_workers()))
+    except (CheckpointError, DataError) as error:
+        print(f"bhfm.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
