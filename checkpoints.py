@@ -5,11 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from encoder import BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder
 from model import PRESETS, RS2SAM2, Preset
 from weights import (
-    Unfilled,
     WeightsError,
     beit3_sizes,
     beit3_tokenizer_file,
@@ -26,6 +27,7 @@ from weights import (
     published_files,
     published_tokenizer,
     read_state,
+    tag_and_file,
 )
 
 
@@ -33,9 +35,32 @@ class CheckpointError(Exception):
     """A checkpoint that can't be found, read or used. The message is one sentence for the user."""
 
 
+class Unfilled(TorchFunctionMode):
+    """Inside `with Unfilled():` new parameters get memory but no initial values: weights that are about to fill them all
+    follow. Drawing 700 million numbers for nothing takes minutes, and memory that is never written is never taken.
+
+    `replaced`: tensors will take their place (assign=True), so what is drawn by torch.randn gets no memory either."""
+
+    def __init__(self, replaced=False):
+        super().__init__()
+        self.replaced = replaced
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if self.replaced and name == "randn":
+            kwargs = kwargs | {"device": "meta"}
+        target = args[0] if args else kwargs.get("tensor")  # torch.nn.init's functions name theirs
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
+
+
+LARGEST = 4096  # pixels a side of what a model looks at
+
+
 def check_image_size(image_size: int) -> int:
-    if image_size % 32:
-        raise WeightsError(f"image size {image_size}: SAM 2's windows need a multiple of 32")
+    """The side of SAM 2's input, if it can be one; WeightsError."""
+    if image_size % 32 or image_size > LARGEST:
+        raise WeightsError(f"image size {image_size}: SAM 2's windows need a multiple of 32, up to {LARGEST}; choose one")
     return image_size
 
 
@@ -47,9 +72,9 @@ def build(
 
     name: one of PRESETS; image_size: instead of the preset's; from_scratch: random weights, all trained (`tiny` always);
     sam2_file: a SAM 2 file of the preset's size; encoder: another open_clip model as union encoder; encoder_weights: a
-    pretrained tag of open_clip or a file, or BEiT-3's file with beit3.spm beside it; encoder_size: the side of the
-    open_clip model's images (a pretrained position table is interpolated); without: names of PARTS, left out. WeightsError
-    in one sentence.
+    pretrained tag of open_clip, a file or TAG=FILE, or BEiT-3's file with beit3.spm beside it; encoder_size: the side of
+    the open_clip model's images (a pretrained position table is interpolated); without: names of PARTS, left out.
+    WeightsError in one sentence.
     """
     preset = replace(PRESETS[name], without=tuple(without))
     if image_size:
@@ -58,16 +83,17 @@ def build(
         raise WeightsError(f"--encoder {encoder}: preset {name} has a union encoder of its own; use base or large")
     if encoder_size and preset.encoder == "beit3":
         raise WeightsError(f"--encoder-size {encoder_size}: preset {name}'s BEiT-3 has a size of its own; use another preset")
+    if (encoder_size or 0) > LARGEST:
+        raise WeightsError(f"--encoder-size {encoder_size}: the union encoder takes images of up to {LARGEST} pixels a side")
     if encoder:
         preset = replace(preset, encoder_name=encoder, encoder_tag=None)
-    preset = replace(preset, encoder_size=encoder_size)
+    if encoder_size:
+        preset = replace(preset, encoder_size=encoder_size)
     if from_scratch or name == "tiny":
+        if preset.encoder == "beit3":
+            raise WeightsError("preset paper can't start from scratch: BEiT-3's tokeniser comes with its weights; use large")
         if sam2_file or encoder_weights:
             raise WeightsError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
-        if preset.encoder == "beit3":
-            raise WeightsError(
-                "preset paper needs BEiT-3's tokeniser, beside its weights: name them by --encoder-weights"
-            )
         return RS2SAM2(replace(preset, train_trunk=True))
 
     # Every file is looked for before anything is downloaded, and downloaded before anything is built.
@@ -85,8 +111,8 @@ def build(
     else:
         if source is None:
             raise WeightsError(f"--encoder {encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
-        # A tag says how its model was trained (activation, normalisation); a file is taken for the name's usual way.
-        preset = replace(preset, encoder_tag=None if Path(source).is_file() else source)
+        # A tag says how its model was trained (activation, normalisation); a file alone is taken for the name's usual way.
+        preset = replace(preset, encoder_tag=tag_and_file(source)[0])
         with Unfilled():
             clip = open_clip_model(preset.encoder_name, preset.encoder_tag, preset.encoder_size)
         clip_file = find_open_clip(preset.encoder_name, source)
@@ -110,19 +136,37 @@ def stored_preset(stored: dict, entries: int) -> Preset:
             return depth == 1 and re.fullmatch(r"|[\w+-][\w.+-]{,99}(/[\w+-][\w.+-]{,99})?", value) is not None
         if "layers" in key or key in ("depth", "stages"):
             return isinstance(value, int) and 0 <= value <= max(entries, 100)
-        return value is None or (isinstance(value, (int, float)) and 0 <= value <= (4096 if "image" in key else 2**16))
+        large = LARGEST if "image" in key or key in ("encoder_size", "context_length") else 2**16
+        return value is None or (isinstance(value, (int, float)) and 0 <= value <= large)
 
     if not isinstance(stored, dict) or not sound(stored):
         raise CheckpointError("the checkpoint's preset describes no network: the file is damaged or was made to do harm")
     return Preset(**stored)
 
 
-def rebuild(checkpoint: dict, image_size: int | None = None) -> RS2SAM2:
-    """The model of a checkpoint's dict, its weights included; image_size: instead of the one it was trained at."""
-    preset = stored_preset(checkpoint["preset"], len(checkpoint.get("model", ())))
-    if image_size:
-        preset = replace(preset, image_size=check_image_size(image_size))
-    with Unfilled():
+def rebuild(checkpoint: dict, image_size: int | None = None, path: str | Path = "the checkpoint") -> RS2SAM2:
+    """The model of a checkpoint's dict, its weights included; CheckpointError.
+
+    image_size: instead of the one it was trained at; path: what an error calls it."""
+    try:
+        preset = stored_preset(checkpoint["preset"], len(checkpoint.get("model", ())))
+        if preset.architecture == "ours" and checkpoint["preset"].get("version") != Preset.version:
+            raise ValueError("its weights are of an older form of architecture ours")
+        return filled(replace(preset, image_size=check_image_size(image_size)) if image_size else preset, checkpoint)
+    except CheckpointError:
+        raise
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
+    except Exception as error:  # a network of another time, or a damaged one, can fail anywhere in four libraries
+        reason, made_by = (str(error).splitlines() or [""])[0][:150], checkpoint.get("revision") or "that made it"
+        raise CheckpointError(
+            f"{path} does not fit this version of the code ({reason}): use the revision {made_by}, or train it again"
+        ) from error
+
+
+def filled(preset: Preset, checkpoint: dict) -> RS2SAM2:
+    """The model of the preset with the weights of the checkpoint's dict."""
+    with Unfilled(replaced="files" not in checkpoint):
         model = RS2SAM2(preset)
     if (stored := checkpoint.get("tokenizer")) is not None:
         stored = stored.numpy().tobytes() if torch.is_tensor(stored) else stored
@@ -209,12 +253,6 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", image_
     """(the model of a checkpoint in evaluation mode, the checkpoint's dict). Nothing but the file or folder is needed."""
     try:
         checkpoint = read_checkpoint(path)
-        model = rebuild(checkpoint, image_size)
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:150]
-        raise CheckpointError(
-            f"{path} does not fit this version of the code ({reason}): use the one it names"
-        ) from error
-    return model.to(device).eval(), checkpoint
+    return rebuild(checkpoint, image_size, path).to(device).eval(), checkpoint

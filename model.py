@@ -69,6 +69,7 @@ class Preset:
     reduction: int = 4  # adapters are D / reduction wide
     train_trunk: bool = False  # train SAM 2's image encoder too: only where it starts from random weights
     without: tuple[str, ...] = ()  # what is left out for an ablation, of PARTS
+    version: int = 2  # raised when the same weights come to mean something else in architecture 'ours'
 
 
 TINY_CLIP = {

@@ -215,9 +215,9 @@ def command_line(description: str) -> argparse.ArgumentParser:
     add("--from-scratch", action="store_true", help="start from random weights, all trained (tiny always does)")
     add("--sam2", metavar="FILE", help="SAM 2 weights of the preset's size (default: downloaded)")
     add("--encoder", metavar="NAME", help="another open_clip model as union encoder, e.g. ViT-B-32 (base, large)")
-    add("--encoder-weights", metavar="TAG|FILE",
-        help="its weights: a pretrained tag of open_clip or a file; BEiT-3's file")
-    add("--encoder-size", type=integer(1), help="side of its images (default: the preset's)")
+    add("--encoder-weights", metavar="TAG|FILE|TAG=FILE",
+        help="its weights: a pretrained tag of open_clip, a file, or TAG=FILE, the file of a tag; BEiT-3's file")
+    add("--encoder-size", type=integer(1), help="side of its images, not for paper (default: its own)")
     add("--without", type=part_names, default=(), metavar="PARTS",
         help="leave parts out, for an ablation; names with commas between: "
         + "; ".join(f"{name} ({what})" for name, what in PARTS.items()))

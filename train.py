@@ -69,6 +69,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = Average(model, recipe.ema)
         self.samples, self.best, self.saved_at, self.revision = 0, -1.0, time.time(), revision()
+        self.workers = default_workers() if args.workers is None else args.workers
         self.stop = False  # what all processes know of a signal: one of them may have noted it a moment too late for a step
         self.log, self.epoch = [], dict(EPOCH)  # the lines of log.jsonl; what is added up for the next
         shortest, longest = recipe.epoch_range
@@ -186,7 +187,7 @@ class Trainer:
         stream = Stream(len(self.train_set), self.args.seed, self.samples, stop)
         shares = Shares(stream, self.args.batch_size, rank(), world_size())
         loader = Timed(DataLoader(
-            self.train_set, batch_sampler=shares, num_workers=self.args.workers,
+            self.train_set, batch_sampler=shares, num_workers=self.workers,
             collate_fn=Collate(self.model.union_encoder.tokenizer), pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_signals,
         ))  # fmt: skip
@@ -216,7 +217,7 @@ class Trainer:
     def validate(self) -> dict:
         """Score the averaged weights on the validation set; keep them if they are the best so far."""
         self.average.swap()
-        rows = score(self.model, self.val_set, batch_size=min(8, self.args.batch_size), workers=self.args.workers,
+        rows = score(self.model, self.val_set, batch_size=min(8, self.args.batch_size), workers=self.workers,
                      forward=self.forward)  # fmt: skip
         result = report(rows, "ours")
         quality = result["scores"]["mIoU"] + result["scores"]["oIoU"]
@@ -253,7 +254,7 @@ class Trainer:
                   f"val mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}", flush=True)  # fmt: skip
         gather(None)  # rank 0 has written best.pt
         best, _ = load_checkpoint(self.args.out / "best.pt", self.device)
-        rows = score(best, self.val_set, batch_size=min(8, self.args.batch_size), workers=self.args.workers)
+        rows = score(best, self.val_set, batch_size=min(8, self.args.batch_size), workers=self.workers)
         if rank():
             return
         print(f"\nbest weights on the validation set of {self.args.data}, per cent:")
@@ -272,12 +273,12 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         checkpoint, last = read_run(args.resume)
         again = {"resume", "epochs", "batch_size", "lr", "data", "skip_missing"}
         again |= {"accumulate", "checkpoint_activations", "gpus", "workers"}  # how a run computes, not what
-        if fixed := [k for k, v in vars(args).items() if k not in again and v != parser.get_default(k)]:
+        parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k != "resume"})
+        before, args = parser.parse_args([]), parser.parse_args()
+        if fixed := [k for k, v in vars(args).items() if k not in again and v != getattr(before, k)]:
             raise UsageError(
                 f"--{fixed[0].replace('_', '-')} can't be changed by --resume: leave it out, or start a new run"
             )
-        parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k not in ("resume", "workers")})
-        args = parser.parse_args()
         args.out, args.resume = last.parent, last
     elif args.init:
         fixed = ("model", "from_scratch", "sam2", "encoder", "encoder_weights", "encoder_size", "without")
@@ -288,7 +289,6 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     recipe = RECIPES[args.model]
     args.batch_size = args.batch_size or recipe.batch_size
     args.lr = args.lr or recipe.lr
-    args.workers = default_workers() if args.workers is None else args.workers
     if args.batch_size < (parts := world_size() * args.accumulate):
         raise UsageError(
             f"--batch-size {args.batch_size} can't be shared by {world_size()} processes with --accumulate "
@@ -329,7 +329,7 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None) -> tuple[RS2SAM2,
     augment, fresh = RECIPES[args.model].augment, args.data == "scenes" and not Path("data/scenes").exists()
     sets = None if fresh else open_sets(args, augment)
     torch.manual_seed(args.seed)
-    model = rebuild(checkpoint) if checkpoint else new_model(args)
+    model = rebuild(checkpoint, path=args.resume) if checkpoint else new_model(args)
     if fresh:
         print("generating scenes under data/scenes (once, a minute or two)", flush=True)
         try:

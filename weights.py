@@ -19,22 +19,10 @@ import open_clip
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 
 class WeightsError(Exception):
     """Weights that can't be found, read or used. The message is one sentence for the user."""
-
-
-class Unfilled(TorchFunctionMode):
-    """Inside `with Unfilled():` new parameters get memory but no initial values: weights that are about to fill them all
-    follow. Drawing 700 million numbers for nothing takes minutes, and memory that is never written is never taken."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        target = args[0] if args else kwargs.get("tensor")  # torch.nn.init's functions name theirs
-        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
 
 
 WRAPPERS = r"^(module\.)?(evf_model\.)?"  # what training wrappers may have put before a published name
@@ -312,9 +300,7 @@ def beit3_tokenizer_file(weights: str | None) -> Path:
 def existing(path: str | Path) -> Path:
     """The path, if a file is there."""
     if not Path(path).is_file():
-        raise WeightsError(
-            f"no weights file at {path}: give the path of an existing .pt, .pth, .bin or .safetensors file"
-        )
+        raise WeightsError(f"no weights file at {path}: give the path of an existing .pt, .pth, .bin or .safetensors file")
     return Path(path)
 
 
@@ -371,21 +357,30 @@ def open_clip_config(model: str) -> dict:
     return config
 
 
-def find_open_clip(name: str, source: str) -> Path:
-    """The file of an open_clip model's weights: `source` itself, or the pretrained tag's, downloaded or cached."""
+def tag_and_file(source: str) -> tuple[str | None, str | None]:
+    """A pretrained tag, a file, or TAG=FILE -> (the tag or None, the file or None)."""
     if Path(source).is_file():
-        return Path(source)
-    if not open_clip.is_pretrained_cfg(name, source):
+        return None, source
+    tag, _, file = source.partition("=")
+    return tag, file or None
+
+
+def find_open_clip(name: str, source: str) -> Path:
+    """The file of an open_clip model's weights: the one that `source` names, or its tag's, downloaded or cached."""
+    tag, file = tag_and_file(source)
+    if tag is not None and not open_clip.is_pretrained_cfg(name, tag):
         raise WeightsError(
-            f"{source!r} is neither a file nor a pretrained tag of open_clip's {name}: its tags are "
+            f"{tag!r} is neither a file nor a pretrained tag of open_clip's {name}: its tags are "
             f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
         )
+    if file:
+        return existing(file)
     try:
-        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, source)))
+        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
     except Exception as error:  # no network, no such file, no permission: the way out is the same
         raise WeightsError(
-            f"open_clip's {name} ({source}) could not be downloaded: fetch its file from the model hub and name it "
-            f"with --encoder-weights FILE"
+            f"open_clip's {name} ({tag}) could not be downloaded: fetch its file from the model hub and name it "
+            f"with --encoder-weights {tag}=FILE"
         ) from error
 
 

@@ -122,6 +122,16 @@ def test_a_checkpoint_of_before_is_the_whole_model(tmp_path):
     facts = {"data": "scenes", "model_name": "tiny", "revision": "", "model": model.state_dict()}
     torch.save(facts | {"preset": preset}, tmp_path / "m.pt")
     assert load_checkpoint(tmp_path / "m.pt")[0].preset == model.preset
+    del preset["version"]  # from when adapters blended what they add to the text now
+    torch.save(facts | {"preset": preset, "revision": "abc1234"}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="m.pt .*older form of architecture ours.*: use the revision abc1234"):
+        load_checkpoint(tmp_path / "m.pt")
+    published = RS2SAM2(small_preset("beit3"))  # which has stayed the same
+    preset = dataclasses.asdict(published.preset)
+    del preset["version"]
+    torch.save(facts | {"preset": preset, "model": published.state_dict(), "tokenizer": None}, tmp_path / "p.pt")
+    assert load_checkpoint(tmp_path / "p.pt")[0].preset == published.preset
+    preset = dataclasses.asdict(model.preset)
     torch.save(facts | {"preset": preset | {"without": ["wings"]}}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match="unknown part 'wings'"):
         load_checkpoint(tmp_path / "m.pt")
@@ -415,6 +425,7 @@ def test_the_tool_runs_end_to_end(scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*common, "--scenes", "2"])
     language.main()
     assert "nowhere is not at hand" in capsys.readouterr().out
+    assert language.training_phrases({"data": None}) is None  # of published weights
 
 
 # ---- what a trained model uses -------------------------------------------------------------------------------------

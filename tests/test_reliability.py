@@ -625,6 +625,12 @@ changed("fetches.pt", lambda c: c["preset"].update(encoder_name="hf-hub:evil/evi
 changed("endless layers.pt", lambda c: c["preset"]["encoder_args"].update(joint_layers=10**9))
 changed("endless width.pt", lambda c: c["preset"]["decoder"].update(dim=10**9))
 changed("endless image.pt", lambda c: c["preset"].update(image_size=32 * 10**6))
+changed("endless encoder image.pt", lambda c: c["preset"].update(encoder_size=1 << 16))
+changed("endless patches.pt", lambda c: (
+    c["preset"].update(encoder_size=4096), c["preset"]["encoder_name"]["vision_cfg"].update(patch_size=1)))
+changed("endless projection.pt", lambda c: (
+    c["preset"]["encoder_name"].update(embed_dim=1 << 16), c["preset"]["encoder_name"]["vision_cfg"].update(width=1 << 16)))
+changed("endless text.pt", lambda c: c["preset"]["encoder_name"]["text_cfg"].update(context_length=1 << 16))
 changed("nested preset.pt", lambda c: c.update(preset=[]))
 (folder / "long header.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
 lies = json.dumps({"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
@@ -658,7 +664,7 @@ def test_hostile_checkpoints_run_nothing_and_exhaust_nothing(undisturbed, tmp_pa
     assert done.returncode == 0, done.stderr
     *results, (_, _, peak) = map(json.loads, done.stdout.splitlines())
     print(f"\n{len(results)} hostile files, peak of memory {peak:.0f} MiB above a sound one's")
-    assert len(results) == 22 and not (tmp_path / "marker").exists()
+    assert len(results) == 26 and not (tmp_path / "marker").exists()
     for name, kind, told in results:
         assert kind == "CheckpointError" and "\n" not in told, (name, kind, told)
         assert name in told or "preset describes no network" in told, (name, told)

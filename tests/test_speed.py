@@ -11,14 +11,13 @@ from torch._dynamo.utils import counters
 
 import losses
 import train
-from checkpoints import load_checkpoint, rebuild
+from checkpoints import Unfilled, load_checkpoint, rebuild
 from encoder import OpenCLIPTokenizer, padded_length
 from evaluate import autocast
 from fusion import CrossAttention
 from model import RS2SAM2, compiled
 from runs import UsageError
 from tools import benchmark, counting
-from weights import Unfilled
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")

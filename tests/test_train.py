@@ -288,10 +288,24 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(finished, tmp_path):
     assert f"last.pt was trained in another way, by revision {state['revision']} of this program" in printed
 
 
-def test_what_resume_can_t_change_is_said(finished):
+def test_what_resume_can_t_change_is_said(finished, tmp_path):
     cwd, _ = finished
     printed = run("train.py", "--resume", "runs/scenes-tiny-1", "--image-size", 96, cwd=cwd, code=2)
     assert "--image-size can't be changed by --resume" in printed
+    state = torch.load(cwd / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
+    state["args"]["seed"] = 3
+    torch.save(state, tmp_path / "last.pt")
+    printed = run("train.py", "--resume", "last.pt", "--seed", 0, cwd=tmp_path, code=2)  # though 0 is the default
+    assert "--seed can't be changed by --resume" in printed
+
+
+def test_a_run_of_another_form_is_not_gone_on_with(finished, tmp_path):
+    state = torch.load(finished[0] / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
+    state["preset"]["wings"] = 2
+    torch.save(state, tmp_path / "last.pt")
+    printed = run("train.py", "--resume", "last.pt", cwd=tmp_path, code=2)
+    assert "last.pt does not fit this version of the code" in printed and "'wings'" in printed
+    assert f"use the revision {state['revision']}, or train it again" in printed and "Traceback" not in printed
 
 
 def test_another_run_s_checkpoint_is_not_overwritten(finished, scenes):
@@ -307,12 +321,12 @@ def test_another_run_s_checkpoint_is_not_overwritten(finished, scenes):
         (["--data", "RRSIS-D"], "refs(unc).p"),  # shows the expected layout
         (["--data", "EMPTY"], "refs(unc).p"),
         (["--gpus", "99"], "--gpus 99"),
-        (["--data", "SCENES", "--model", "large"], "--encoder-weights FILE"),  # says which option names a local file
+        (["--data", "SCENES", "--model", "large"], "laion2b_s32b_b82k=FILE"),  # says how to name a local file
         (["--data", "SCENES", "--model", "large", "--encoder-weights", "empty.pt"], "--sam2 FILE"),
-        (["--model", "large"], "--encoder-weights FILE"),  # before scenes are made
+        (["--model", "large"], "--encoder-weights laion2b_s32b_b82k=FILE"),  # before scenes are made
         (["--image-size", "100"], "multiple of 32"),
         (["--data", "SCENES", "--model", "large", "--sam2", "none.pt"], "no weights file at none.pt"),
-        (["--data", "SCENES", "--model", "large", "--sam2", "empty.pt"], "--encoder-weights FILE"),
+        (["--data", "SCENES", "--model", "large", "--sam2", "empty.pt"], "--encoder-weights laion2b_s32b_b82k=FILE"),
         (["--data", "SCENES", "--model", "paper", "--sam2", "empty.pt"], "beit3_large_patch16_224.pth"),
         (["--data", "SCENES", "--model", "paper", "--sam2", "empty.pt", "--encoder-weights", "empty.pt"], "beit3.spm"),
         (["--data", "SCENES", "--model", "base", "--sam2", "empty.pt", "--encoder", "ViT-B-32"], "--encoder-weights"),
@@ -334,6 +348,9 @@ def test_another_run_s_checkpoint_is_not_overwritten(finished, scenes):
         (["--data", "SCENES", "--model", "tiny", "--encoder", "ViT-B-32"], "union encoder of its own"),
         (["--data", "SCENES", "--model", "tiny", "--image-size", "100"], "multiple of 32"),
         (["--data", "SCENES", "--model", "tiny", "--sam2", "x.pt"], "from scratch reads no weights"),
+        (["--data", "SCENES", "--model", "paper", "--from-scratch", "--encoder-weights", "x"], "can't start from scratch"),
+        (["--data", "SCENES", "--model", "tiny", "--image-size", "8192"], "up to 4096"),
+        (["--data", "SCENES", "--model", "tiny", "--encoder-size", "8192"], "up to 4096"),
         (["--resume", "nowhere"], "nothing to resume"),
     ],
 )

@@ -210,6 +210,26 @@ def test_another_resolution_interpolates_the_position_table(small_clip, sam2_tin
         build("paper", encoder_size=64)
 
 
+def test_the_file_of_a_tag_is_normalised_as_the_tag_says(small_clip, sam2_tiny, monkeypatch):
+    """As for large's laion2b_s32b_b82k, whose images have mean and deviation 0.5, where its file was fetched by hand."""
+    monkeypatch.setitem(PRESETS, "base", preset("sam2.1/sam2.1_hiera_t.yaml"))
+    tag = {"url": "", "mean": (0.5,) * 3, "std": (0.25,) * 3, "quick_gelu": True}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small-clip", {"half": tag})
+    options = {"sam2_file": sam2_tiny[1], "encoder": "small-clip"}
+    alone = build("base", **options, encoder_weights=str(small_clip[1]))
+    model = build("base", **options, encoder_weights=f"half={small_clip[1]}")
+    assert model.union_encoder.mean == (0.5,) * 3 and model.union_encoder.std == (0.25,) * 3
+    assert alone.union_encoder.mean != model.union_encoder.mean
+    for m in (alone, model):
+        assert torch.equal(m.union_encoder.visual.conv1.weight, small_clip[0].visual.conv1.weight)
+    again = rebuild({"preset": dataclasses.asdict(model.preset), "model": model.state_dict()})
+    assert torch.equal(again.encoder_norm, model.encoder_norm) and not torch.equal(again.encoder_norm, alone.encoder_norm)
+    with pytest.raises(WeightsError, match="no weights file at gone.pt"):
+        build("base", **options, encoder_weights="half=gone.pt")
+    with pytest.raises(WeightsError, match="'third' is neither a file nor a pretrained tag of open_clip's small-clip"):
+        build("base", **options, encoder_weights=f"third={small_clip[1]}")
+
+
 def test_a_union_encoder_that_starts_from_random_weights_takes_another_size_too():
     model = build("tiny", encoder_size=64)
     assert (model.union_encoder.image_size, model.union_encoder.grid) == (64, 8)

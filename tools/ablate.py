@@ -236,6 +236,7 @@ def main() -> None:
         make_scenes(Path("data/scenes"))
     epochs, samples = budget(args.samples, args.data, args.model)
     settings = {"data": args.data, "model": args.model, "epochs": epochs, "samples": samples, "train": args.train}
+    settings["version"] = PRESETS[args.model].version  # of what the same weights compute
     check_settings(args.out, settings)
     runs = Runs(args, epochs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -21,17 +21,20 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ablate import COLUMNS  # noqa: E402
+
 from checkpoints import CheckpointError, load_checkpoint  # noqa: E402
 from evaluate import open_split, score, summarise_rows  # noqa: E402
 from fusion import BidirectionalAdapter, Bottleneck, CrossAttention  # noqa: E402
 from layouts import DataError  # noqa: E402
 from runs import default_workers  # noqa: E402
 
-COLUMNS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.9", "bIoU")
+# Hooks on an attention or an MLP's adapter: what it returns, (..., D), changed.
 
 
 def nothing(module, args, output: Tensor) -> Tensor:
-    return torch.zeros_like(output)
+    """Zeros: nothing is added."""
+    return torch.zeros_like(output)  # (..., D)
 
 
 def same_everywhere(module, args, read: Tensor) -> Tensor:
@@ -39,22 +42,32 @@ def same_everywhere(module, args, read: Tensor) -> Tensor:
     return read.mean(1, keepdim=True).expand_as(read)  # (B, HW, h)
 
 
+# Hooks on a bidirectional adapter: image (B, H, W, D) and text (B, L, C), of which something stays as it came.
+
+
 def unchanged(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Both."""
     return args[0], args[1]
 
 
 def text_unchanged(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The text."""
     return output[0], args[1]
 
 
+# Hooks before the attention of text (B, L, h) over vision (B, HW, h): what there is to read, changed.
+
+
 def another_image(module, args) -> tuple:
+    """The neighbour's in the batch."""
     query, vision, *rest = args
-    return query, vision.roll(1, 0), *rest
+    return query, vision.roll(1, 0), *rest  # (B, L, h), (B, HW, h)
 
 
 def average_image(module, args) -> tuple:
+    """A single token, the mean of all."""
     query, vision, *rest = args
-    return query, vision.mean(1, keepdim=True), *rest
+    return query, vision.mean(1, keepdim=True), *rest  # (B, L, h), (B, 1, h)
 
 
 def changes(model: nn.Module) -> dict[str, list[tuple[nn.Module, object]]]:
@@ -124,7 +137,7 @@ def watched(model: nn.Module):
 
 def measure(model: nn.Module, dataset, workers: int = 0) -> str:
     """The table of all changes, and the line about attention."""
-    # in an order in which neighbours in a batch are of different images
+    # in a random order: neighbours in a batch are nearly always of different images
     dataset = Subset(dataset, np.random.default_rng(0).permutation(len(dataset)).tolist())
 
     def line(name: str) -> str:

@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from checkpoints import Unfilled  # noqa: E402
 from losses import total_loss  # noqa: E402
 from model import PRESETS, RS2SAM2, Output, count_parameters  # noqa: E402
 from recipe import RECIPES  # noqa: E402
-from weights import Unfilled  # noqa: E402
 
 LENGTH = 32  # text tokens, as most phrases are padded to
 CARDS = (16, 24, 80)  # GB

@@ -261,9 +261,12 @@ def figure(path: Path, model, dataset, facts: list[dict], number: int = 4) -> No
 def training_phrases(checkpoint: dict) -> set[str] | None:
     """What the phrases of the checkpoint's training set say, as `heard`; None, with a word of it, where it is not here."""
     try:
-        samples = read_samples(checkpoint["data"])[2]
+        samples = read_samples(checkpoint["data"])[2] if checkpoint["data"] else []
     except DataError:
-        print(f"{checkpoint['data']} is not at hand: not told apart is what training has said and what it has not.\n")
+        samples = []
+    if not samples:
+        name = checkpoint["data"] or "The training set"
+        print(f"{name} is not at hand: not told apart is what training has said and what it has not.\n")
         return None
     return {heard(phrase) for s in samples if s.split == "train" for phrase in s.phrases}
 
