@@ -262,10 +262,11 @@ def test_the_flag_reaches_the_model_and_can_be_given_to_a_resumed_run(tmp_path, 
 
 @pytest.mark.parametrize("path", cases("10_whole_compact"))
 def test_bfloat16_masks_agree_with_float32_on_the_fixtures(path):
-    """Over 99.5 % of the pixels whose logit is not all but zero.
+    """The logits' error is under 4 % of their deviation, and over 99.5 % of the pixels that are not within 10 % of zero agree.
 
-    Random weights amplify: with the weights alone rounded to bfloat16, and all computed in float32, 99.0 and 99.5 % of
-    all pixels agree, in bfloat16 98.8 and 99.4 %. (A trained tiny model: 99.98 %.)"""
+    Of all pixels 97.7 to 99.4 % agree, by CPU: one with bfloat16 instructions rounds in another order. Random weights
+    amplify: with the weights alone rounded, and all computed in float32, it is 99.0 to 99.7 %. (A trained tiny model:
+    99.98 %.)"""
     tensors, config = read(path)
     seed, B, S, E = config["seed"], config["batch"], config["sam_image_size"], config["evf_image_size"]
     weights = {k: draw(seed, k, shape, scale, shift) for k, shape, scale, shift in config["weights"]}
@@ -278,9 +279,10 @@ def test_bfloat16_masks_agree_with_float32_on_the_fixtures(path):
         with torch.autocast("cpu", torch.bfloat16):
             half = F.interpolate(model(*batch).logits.float(), (S, S), mode="bilinear")
     assert 0.05 < (exact > 0).float().mean() < 0.95
-    same, sure = (half > 0) == (exact > 0), exact.abs() > 0.05 * exact.std()
-    assert sure.float().mean() > 0.9 and same[sure].float().mean() > 0.995
-    assert same.float().mean() > 0.98
+    same, sure = (half > 0) == (exact > 0), exact.abs() > 0.1 * exact.std()
+    assert (half - exact).std() < 0.04 * exact.std()
+    assert sure.float().mean() > 0.85 and same[sure].float().mean() > 0.995
+    assert same.float().mean() > 0.97
 
 
 # ---- the benchmark ---------------------------------------------------------------------------------------------------------
