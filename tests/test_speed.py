@@ -260,13 +260,14 @@ def test_the_flag_reaches_the_model_and_can_be_given_to_a_resumed_run(tmp_path, 
 # ---- bfloat16 --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("path", cases("10_whole_compact"))
-def test_bfloat16_masks_agree_with_float32_on_the_fixtures(path):
-    """The logits' error is under 4 % of their deviation, and over 99.5 % of the pixels that are not within 10 % of zero agree.
+def test_bfloat16_masks_agree_with_float32_on_the_fixtures(path, onednn):
+    """Over 99.5 % of the pixels whose logit is not all but zero.
 
-    Of all pixels 97.7 to 99.4 % agree, by CPU: one with bfloat16 instructions rounds in another order. Random weights
-    amplify: with the weights alone rounded, and all computed in float32, it is 99.0 to 99.7 %. (A trained tiny model:
-    99.98 %.)"""
+    Random weights amplify: with the weights alone rounded to bfloat16, and all computed in float32, 99.0 and 99.5 % of
+    all pixels agree, in bfloat16 98.6 and 99.1 %. (A trained tiny model: 99.98 %.) That is with torch's own kernels, the
+    same on every CPU. Those of oneDNN round as the CPU does: one with bfloat16 instructions has 97.7 and 99.4 %."""
     tensors, config = read(path)
     seed, B, S, E = config["seed"], config["batch"], config["sam_image_size"], config["evf_image_size"]
     weights = {k: draw(seed, k, shape, scale, shift) for k, shape, scale, shift in config["weights"]}
@@ -276,13 +277,14 @@ def test_bfloat16_masks_agree_with_float32_on_the_fixtures(path):
     with torch.inference_mode():
         exact = F.interpolate(model(*batch).logits, (S, S), mode="bilinear")
         model.cast_frozen(torch.bfloat16)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), torch.backends.mkldnn.flags(enabled=onednn):
             half = F.interpolate(model(*batch).logits.float(), (S, S), mode="bilinear")
     assert 0.05 < (exact > 0).float().mean() < 0.95
-    same, sure = (half > 0) == (exact > 0), exact.abs() > 0.1 * exact.std()
     assert (half - exact).std() < 0.04 * exact.std()
-    assert sure.float().mean() > 0.85 and same[sure].float().mean() > 0.995
-    assert same.float().mean() > 0.97
+    near, least = (0.1, 0.97) if onednn else (0.05, 0.98)
+    same, sure = (half > 0) == (exact > 0), exact.abs() > near * exact.std()
+    assert sure.float().mean() > 0.9 and same[sure].float().mean() > 0.995
+    assert same.float().mean() > least
 
 
 # ---- the benchmark ---------------------------------------------------------------------------------------------------------
