@@ -261,13 +261,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise DataError(f"{args.json} exists or has no folder: name another file, nothing is overwritten")
     with rank_0_first():
         model, checkpoint = load_checkpoint(args.ckpt, pick_device(None))
-        data = args.data or checkpoint["data"]
-        if data is None:
-            raise DataError(f"{args.ckpt} holds published weights, which name no data set: give it with --data")
-        dataset = open_split(
-            data, args.split, image_size=model.preset.image_size, encoder_size=model.union_encoder.image_size,
-            skip_missing=args.skip_missing,
-        )  # fmt: skip
+        data, dataset = open_for(model, checkpoint, args, skip_missing=args.skip_missing)
     if torch.cuda.is_available() and args.protocol == "ours":
         model.requires_grad_(False).cast_frozen(compute_dtype())
     rows = score(model, dataset, args.protocol, workers=default_workers())
@@ -287,6 +281,15 @@ def evaluate(args: argparse.Namespace) -> None:
         path = free_path(Path(f"panels-{dataset.split}.png"))
         write_panels(path, model, dataset, best_median_worst(rows, args.panels))
         print(f"wrote {path}")
+
+
+def open_for(model, checkpoint: dict, args: argparse.Namespace, **options):
+    """(name, data set) of --data and --split as the model takes it; without --data, the one it was trained on. DataError."""
+    data = args.data or checkpoint["data"]
+    if data is None:
+        raise DataError(f"{args.ckpt} holds published weights, which name no data set: give it with --data")
+    sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
+    return data, open_split(data, args.split, **sizes, **options)
 
 
 def open_split(data: str, split: str | None, **options):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ablate import COLUMNS  # noqa: E402
 
 from checkpoints import CheckpointError, load_checkpoint  # noqa: E402
-from evaluate import open_split, score, summarise_rows  # noqa: E402
+from evaluate import open_for, score, summarise_rows  # noqa: E402
 from fusion import BidirectionalAdapter, Bottleneck, CrossAttention  # noqa: E402
 from layouts import DataError  # noqa: E402
 from runs import default_workers  # noqa: E402
@@ -42,16 +42,21 @@ def same_everywhere(module, args, read: Tensor) -> Tensor:
     return read.mean(1, keepdim=True).expand_as(read)  # (B, HW, h)
 
 
-# Hooks on a bidirectional adapter: image (B, H, W, D) and text (B, L, C), of which something stays as it came.
+# Hooks on what rewrites image or text, of which something stays as it came.
 
 
-def unchanged(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Both."""
+def embedding_unchanged(module, args, output: Tensor) -> Tensor:
+    """The decoder's fusion: the embedding (B, C, H, W)."""
+    return args[0]
+
+
+def both_unchanged(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A bidirectional adapter: image (B, H, W, D) and text (B, L, C)."""
     return args[0], args[1]
 
 
 def text_unchanged(module, args, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The text."""
+    """A bidirectional adapter: the text."""
     return output[0], args[1]
 
 
@@ -70,24 +75,28 @@ def average_image(module, args) -> tuple:
     return query, vision.mean(1, keepdim=True), *rest  # (B, L, h), (B, 1, h)
 
 
+def bidirectional(model: nn.Module) -> tuple[list[BidirectionalAdapter], list[CrossAttention]]:
+    """The model's bidirectional adapters, and the attention of text over vision of those that rewrite text."""
+    adapters = [a for a in model.image_encoder.adapters() if isinstance(a, BidirectionalAdapter)]
+    return adapters, [a.text_reads_vision for a in adapters if a.rewrite_text]
+
+
 def changes(model: nn.Module) -> dict[str, list[tuple[nn.Module, object]]]:
     """Name of a change -> the modules it concerns, each with a hook: `another_image` and `average_image` change what goes in,
     the others what comes out. Changes of parts that the model was built without are left out."""
-    adapters = model.image_encoder.adapters()
-    both = [a for a in adapters if isinstance(a, BidirectionalAdapter)]
+    both, from_vision = bidirectional(model)
     from_text = [a.vision_reads_text for a in both]
-    from_vision = [a.text_reads_vision for a in both if a.rewrite_text]
-    product = [model.decoder_fusion.attention] if model.decoder_fusion else []
-    plain = [(a, nothing) for a in adapters if isinstance(a, Bottleneck)]
+    product = [model.decoder_fusion] if model.decoder_fusion else []
+    plain = [(a, nothing) for a in model.image_encoder.adapters() if isinstance(a, Bottleneck)]
     found = {
-        "no adapters": [*plain, *((a, unchanged) for a in both)],
+        "no adapters": [*plain, *((a, both_unchanged) for a in both)],
         "no text in the image": [(m, nothing) for m in from_text],
         "the same text at every place": [(m, same_everywhere) for m in from_text],
         "text not rewritten": [(a, text_unchanged) for a in both] if from_vision else [],
         "text rewritten by another image": [(m, another_image) for m in from_vision],
         "text rewritten by the mean of the image": [(m, average_image) for m in from_vision],
-        "no product before the decoder": [(m, nothing) for m in product] if product and model.decoder_fusion.residual else [],
-        "that product the same at every place": [(m, same_everywhere) for m in product],
+        "no product before the decoder": [(m, embedding_unchanged) for m in product],
+        "that product the same at every place": [(m.attention, same_everywhere) for m in product],
     }
     return {name: hooks for name, hooks in found.items() if hooks}
 
@@ -119,7 +128,7 @@ def spread(attention: CrossAttention, query: Tensor, memory: Tensor) -> Tensor:
 @contextmanager
 def watched(model: nn.Module):
     """-> a list for each block that rewrites text: the mean `spread` of its real text tokens, a number a batch."""
-    reading = [a.text_reads_vision for a in model.image_encoder.adapters() if getattr(a, "rewrite_text", False)]
+    reading = bidirectional(model)[1]
     shares, text_mask = {module: [] for module in reading}, []
 
     def see_mask(module, args):
@@ -164,10 +173,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model, checkpoint = load_checkpoint(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu")
-        if not (data := args.data or checkpoint["data"]):
-            raise DataError(f"{args.ckpt} holds published weights, which name no data set: give it with --data")
-        sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
-        dataset = open_split(data, args.split, **sizes)
+        data, dataset = open_for(model, checkpoint, args)
         print(f"{args.ckpt} on {data}, split {dataset.split}, {len(dataset)} phrases, per cent:\n")
         print(measure(model, dataset, default_workers()))
     except (CheckpointError, DataError) as error:
