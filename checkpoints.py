@@ -81,13 +81,14 @@ def build(
         preset = replace(preset, image_size=check_image_size(image_size))
     if encoder and name not in ("base", "large"):
         raise WeightsError(f"--encoder {encoder}: preset {name} has a union encoder of its own; use base or large")
-    if encoder_size and preset.encoder == "beit3":
-        raise WeightsError(f"--encoder-size {encoder_size}: preset {name}'s BEiT-3 has a size of its own; use another preset")
-    if (encoder_size or 0) > LARGEST:
-        raise WeightsError(f"--encoder-size {encoder_size}: the union encoder takes images of up to {LARGEST} pixels a side")
     if encoder:
         preset = replace(preset, encoder_name=encoder, encoder_tag=None)
     if encoder_size:
+        option = f"--encoder-size {encoder_size}"
+        if preset.encoder == "beit3":
+            raise WeightsError(f"{option}: preset {name}'s BEiT-3 has a size of its own; use another preset")
+        if encoder_size > LARGEST:
+            raise WeightsError(f"{option}: the union encoder takes images of up to {LARGEST} pixels a side")
         preset = replace(preset, encoder_size=encoder_size)
     if from_scratch or name == "tiny":
         if preset.encoder == "beit3":

@@ -235,8 +235,8 @@ def main() -> None:
         print("generating scenes under data/scenes (once, a minute or two)", flush=True)
         make_scenes(Path("data/scenes"))
     epochs, samples = budget(args.samples, args.data, args.model)
-    settings = {"data": args.data, "model": args.model, "epochs": epochs, "samples": samples, "train": args.train}
-    settings["version"] = PRESETS[args.model].version  # of what the same weights compute
+    settings = {"data": args.data, "model": args.model, "epochs": epochs, "samples": samples, "train": args.train,
+                "version": PRESETS[args.model].version}  # of what the same weights compute  # fmt: skip
     check_settings(args.out, settings)
     runs = Runs(args, epochs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
