@@ -1,0 +1,197 @@
+"""SAM 2's own training in miniature: a SAM 2 of `tiny`'s size learns to segment what a click or a box points at.
+
+    python tools/pretrain.py --out runs/sam2-tiny.pt        writes a file in SAM 2's format; minutes on two cores
+    python train.py --sam2 runs/sam2-tiny.pt                trains `tiny` around that image encoder, which stays frozen
+    python tools/ablate.py --out runs/frozen -- --sam2 runs/sam2-tiny.pt
+
+The method takes SAM 2's image encoder as it is and never trains it, whereas `tiny` without --sam2 learns its own. With this
+file the method can be studied on a laptop in the paper's regime. No phrase is seen here, no category and no scene of
+data/scenes: the scenes are drawn with another seed. As in SAM 2's training each prompt is followed by a correction: the
+first answer goes in again as the mask prompt, with a click at a wrong pixel.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Collate, Stream, open_dataset  # noqa: E402
+from evaluate import iou_counts, masks_at, sample_iou  # noqa: E402
+from layouts import DataError  # noqa: E402
+from losses import cross_entropy, dice  # noqa: E402
+from model import PRESETS, RS2SAM2  # noqa: E402
+from recipe import RECIPES, Average, optimizer_for, rate_factor  # noqa: E402
+from runs import UsageError, WriteError, number, pick_device, write_checkpoint  # noqa: E402
+from scenes import make_scenes  # noqa: E402
+from weights import our_name  # noqa: E402
+
+AWAY, TOWARDS, CORNERS, NOTHING = 0, 1, (2, 3), -1  # SAM 2's labels of points
+ADDED = ("fusion", "decoder-fusion", "mask-prompt", "boundary")  # what the method adds to SAM 2
+
+
+def bare_sam2() -> RS2SAM2:
+    """`tiny` without what the method adds, all of SAM 2 in it trained, the parts that only clicks and boxes need, too."""
+    model = RS2SAM2(replace(PRESETS["tiny"], train_trunk=True, without=ADDED))
+    for part in (model.union_encoder, model.sparse_prompt):
+        part.requires_grad_(False)  # not used here
+    for part in (model.prompt_encoder, model.mask_decoder.output_hypernetworks_mlps[0]):
+        part.requires_grad_(True)
+    return model
+
+
+def prompts(masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A click inside, or by chance the box, of each mask (B, H, W) -> points (B, 2, 2) as x, y; labels (B, 2)."""
+    points, labels = np.zeros((len(masks), 2, 2), np.float32), np.full((len(masks), 2), NOTHING)
+    for i, mask in enumerate(masks.cpu().numpy()):
+        y, x = mask.nonzero()
+        if rng.random() < 0.5:
+            points[i], labels[i] = ((x.min(), y.min()), (x.max(), y.max())), CORNERS
+        else:
+            one = rng.integers(len(x))
+            points[i, 0], labels[i, 0] = (x[one], y[one]), TOWARDS
+    return torch.from_numpy(points).to(masks.device), torch.from_numpy(labels).to(masks.device)
+
+
+def correction(masks: Tensor, answers: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A click at a pixel where the answer (B, H, W) and the mask (B, H, W) differ, or inside the mask where they agree
+    -> points (B, 1, 2), labels (B, 1)."""
+    points, labels = np.zeros((len(masks), 1, 2), np.float32), np.zeros((len(masks), 1), np.int64)
+    for i, (mask, answer) in enumerate(zip(masks.cpu().numpy() > 0, answers.cpu().numpy() > 0)):
+        wrong = mask != answer
+        y, x = (wrong if wrong.any() else mask).nonzero()
+        one = rng.integers(len(x))
+        points[i, 0], labels[i, 0] = (x[one], y[one]), TOWARDS if mask[y[one], x[one]] else AWAY
+    return torch.from_numpy(points).to(masks.device), torch.from_numpy(labels).to(masks.device)
+
+
+def answer(model: RS2SAM2, stages: list[Tensor], points: Tensor, labels: Tensor, before: Tensor | None) -> Tensor:
+    """SAM 2 asked by points (B, N, 2) with labels (B, N), and by its answer before, logits (B, 1, S/4, S/4) -> the same."""
+    sparse, _ = model.prompt_encoder(points=(points, labels), boxes=None, masks=None)  # (B, N + 1, C)
+    return model.decode(*stages, None, None, before, sparse)  # (B, 1, S/4, S/4)
+
+
+def both_answers(model: RS2SAM2, batch: dict, rng: np.random.Generator) -> tuple[list[Tensor], Tensor]:
+    """-> logits (B, 1, S/4, S/4) of the answer to a prompt and of its correction; the target (B, S, S)"""
+    target = batch["target"]  # (B, S, S)
+    image, _ = model.normalise(batch["image"], batch["encoder_image"])  # (B, 3, S, S)
+    fine, middle, embedding, _ = model.neck(model.image_encoder(image, None))[0]  # (B, C, S/4, S/4), (B, C, S/8, S/8), ..
+    stages = [fine, middle, embedding]
+    points, labels = prompts(target, rng)  # (B, 2, 2), (B, 2)
+    first = answer(model, stages, points, labels, None)  # (B, 1, S/4, S/4)
+    full = F.interpolate(first.detach(), target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]  # (B, S, S)
+    more, label = correction(target, full, rng)  # (B, 1, 2), (B, 1)
+    points, labels = torch.cat([points, more], dim=1), torch.cat([labels, label], dim=1)  # (B, 3, 2), (B, 3)
+    return [first, answer(model, stages, points, labels, first.detach())], target
+
+
+def loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy and Dice of logits (B, 1, S/4, S/4) against the target (B, S, S)."""
+    z = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]  # (B, S, S)
+    return (cross_entropy(z, target) + dice(z, target)).mean()
+
+
+def sam2_name(key: str) -> str:
+    """The name in SAM 2's files of one of this model's entries."""
+    key = key.replace(".block.", ".")
+    for ours, theirs in (("neck.", "image_encoder.neck."), ("prompt_encoder.", "sam_prompt_encoder."),
+                         ("mask_decoder.", "sam_mask_decoder.")):  # fmt: skip
+        key = theirs + key[len(ours) :] if key.startswith(ours) else key
+    return key
+
+
+def sam2_state(model: RS2SAM2) -> dict[str, Tensor]:
+    """SAM 2's part of the model, by the names in SAM 2's own files."""
+    ours = [k for k in model.state_dict() if not k.startswith(("union_encoder.", "sparse_prompt."))]
+    state = {sam2_name(k): model.state_dict()[k] for k in ours}
+    assert [our_name(f"visual_model.{k}") for k in state] == ours
+    return state
+
+
+def batches(data: str, split: str, model: RS2SAM2, samples: int, seed: int, batch_size: int):
+    """Batches of so many samples in all, on the model's device."""
+    device = next(model.parameters()).device
+    dataset = open_dataset(data, split, one_phrase=True, seed=seed)
+    dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
+    loader = DataLoader(dataset, batch_size, sampler=Stream(len(dataset), seed, 0, samples),
+                        collate_fn=Collate(model.union_encoder.tokenizer))  # fmt: skip
+    for batch in loader:
+        yield {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def train(model: RS2SAM2, data: str, samples: int, seed: int) -> None:
+    """By the recipe of `tiny`; the averaged weights remain."""
+    recipe = RECIPES["tiny"]
+    optimizer, average = optimizer_for(model, recipe, recipe.lr), Average(model, recipe.ema)
+    rng = np.random.default_rng(seed)
+    model.train()
+    with tqdm(total=samples, unit="img", disable=None) as bar:
+        for batch in batches(data, "train", model, samples, seed, recipe.batch_size):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * max(rate_factor("cosine", bar.n / samples, 0), 1e-3)
+            answers, target = both_answers(model, batch, rng)
+            total = sum(loss(logits, target) for logits in answers) / len(answers)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(average.live.values(), recipe.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update()
+            bar.n += len(target)
+            bar.set_postfix(loss=f"{total.item():.3f}", refresh=False)
+            bar.update(0)
+    average.swap()
+
+
+@torch.inference_mode()
+def validate(model: RS2SAM2, data: str, seed: int) -> list[float]:
+    """mIoU in per cent of the first answers, and of the corrected ones, on the validation split."""
+    rng, found = np.random.default_rng(seed), ([], [])
+    model.eval()
+    size = len(open_dataset(data, "val", one_phrase=True))
+    for batch in batches(data, "val", model, size, seed, batch_size=8):
+        for logits, ious in zip(both_answers(model, batch, rng)[0], found):
+            for one, mask in zip(logits.split(1), batch["mask"]):
+                ious.append(float(sample_iou(*iou_counts(masks_at(one, mask.shape), mask.numpy()), "ours")))
+    return [100 * float(np.mean(ious)) for ious in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, integer = parser.add_argument, partial(partial, number, int)
+    add("--out", type=Path, default=Path("runs/sam2-tiny.pt"), metavar="FILE", help="default: runs/sam2-tiny.pt")
+    add("--data", default="data/scenes-clicks", help="generated there if it does not exist (default: data/scenes-clicks)")
+    add("--samples", type=integer(1), default=40_000, help="targets to train on (default: 40000)")
+    add("--seed", type=integer(0), default=0, help="of initial weights, order and prompts (default: 0)")
+    args = parser.parse_args()
+    try:
+        if args.out.exists():
+            raise UsageError(f"{args.out} exists already: name another --out")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        if not Path(args.data).exists():
+            print(f"generating scenes under {args.data} (once, a minute or two)", flush=True)
+            make_scenes(args.data, test=0, seed=1)
+        torch.manual_seed(args.seed)
+        model, start = bare_sam2().to(pick_device(None)), time.perf_counter()
+        train(model, args.data, args.samples, args.seed)
+        minutes = (time.perf_counter() - start) / 60
+        first, corrected = validate(model, args.data, args.seed)
+        write_checkpoint(args.out, {"model": sam2_state(model)})
+        print(f"{args.samples:,} samples in {minutes:.1f} minutes; validation mIoU {first:.2f} of a click or box, "
+              f"{corrected:.2f} corrected once; wrote {args.out}")  # fmt: skip
+    except (UsageError, DataError, WriteError, OSError) as error:
+        print(f"pretrain.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
