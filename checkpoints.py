@@ -70,10 +70,11 @@ def build(
 ) -> RS2SAM2:  # fmt: skip
     """The model of a preset with its foundation weights, from files or the hub, or with none.
 
-    name: one of PRESETS; image_size: instead of the preset's; from_scratch: random weights, all trained (`tiny` always);
-    sam2_file: a SAM 2 file of the preset's size; encoder: another open_clip model as union encoder; encoder_weights: a
-    pretrained tag of open_clip, a file or TAG=FILE, or BEiT-3's file with beit3.spm beside it; encoder_size: the side of
-    the open_clip model's images (a pretrained position table is interpolated); without: names of PARTS, left out.
+    name: one of PRESETS; image_size: instead of the preset's; from_scratch: random weights, all trained (`tiny` is, without a
+    sam2_file); sam2_file: a SAM 2 file of the preset's size; encoder: another open_clip model as union encoder;
+    encoder_weights: a pretrained tag of open_clip, a file or TAG=FILE, or BEiT-3's file with beit3.spm beside it;
+    encoder_size: the side of the open_clip model's images (a pretrained position table is interpolated); without: names of
+    PARTS, left out.
     WeightsError in one sentence.
     """
     preset = replace(PRESETS[name], without=tuple(without))

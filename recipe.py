@@ -213,8 +213,9 @@ def command_line(description: str) -> argparse.ArgumentParser:
         help="go on with the run in this folder, with its own flags; epochs, lr, batch size, cards may be new")
     add("--init", metavar="CKPT", help="fine-tune from a checkpoint: of train.py, or the published one")
     add("--skip-missing", action="store_true", help="leave out samples whose image or mask file is missing")
-    add("--from-scratch", action="store_true", help="start from random weights, all trained (tiny always does)")
-    add("--sam2", metavar="FILE", help="SAM 2 weights of the preset's size, its image encoder frozen (default: downloaded; tiny trains its own)")
+    add("--from-scratch", action="store_true", help="start from random weights, all trained (tiny does without --sam2)")
+    add("--sam2", metavar="FILE",
+        help="SAM 2 weights of the preset's size, whose image encoder stays frozen (default: downloaded; tiny trains its own)")
     add("--encoder", metavar="NAME", help="another open_clip model as union encoder, e.g. ViT-B-32 (base, large)")
     add("--encoder-weights", metavar="TAG|FILE|TAG=FILE",
         help="its weights: a pretrained tag of open_clip, a file, or TAG=FILE, the file of a tag; BEiT-3's file")

@@ -59,6 +59,14 @@ def test_prompts_are_clicks_inside_or_boxes():
             assert mask[y, x]
 
 
+def test_an_empty_mask_gets_a_click_that_says_not_here():
+    empty, rng = torch.zeros(6, 8, 8, dtype=torch.uint8), np.random.default_rng(0)
+    points, labels = pretrain.prompts(empty, rng)
+    assert labels.tolist() == [[0, -1]] * 6 and (points < 8).all()
+    for answers in (empty - 0.5, empty + 0.5):  # all right, all wrong
+        assert pretrain.correction(empty, answers, rng)[1].tolist() == [[0]] * 6
+
+
 def test_a_correction_points_at_what_is_wrong():
     masks = masks_of((10, 10, 29, 29), (10, 10, 29, 29), (10, 10, 29, 29))
     too_much, too_little = masks_of((10, 10, 29, 39), (10, 10, 29, 19))
@@ -101,10 +109,14 @@ def test_tiny_trains_around_a_frozen_sam2_of_the_tool(tmp_path, monkeypatch, cap
     assert "runs/sam2.pt exists already" in capsys.readouterr().err
     before = build("tiny", sam2_file="runs/sam2.pt")
     state = torch.load("runs/sam2.pt", weights_only=True)["model"]
-    assert torch.equal(before.image_encoder.trunk.blocks[2].block.attn.qkv.weight, state["image_encoder.trunk.blocks.2.attn.qkv.weight"])
-    assert torch.equal(before.prompt_encoder.mask_downscaling[0].weight, state["sam_prompt_encoder.mask_downscaling.0.weight"])
-    frozen = {k for k, p in before.named_parameters() if k.startswith(("image_encoder.trunk", "neck")) and "adapter" not in k}
-    assert frozen == {k for k in frozen if not before.get_parameter(k).requires_grad} and len(frozen) > 70
+    for ours, theirs in (
+        ("image_encoder.trunk.blocks.2.block.attn.qkv.weight", "image_encoder.trunk.blocks.2.attn.qkv.weight"),
+        ("prompt_encoder.mask_downscaling.0.weight", "sam_prompt_encoder.mask_downscaling.0.weight"),
+    ):
+        assert torch.equal(before.get_parameter(ours), state[theirs])
+    trunk = [k for k, _ in before.named_parameters() if k.startswith(("image_encoder.trunk", "neck"))]
+    frozen = {k for k in trunk if "adapter" not in k}
+    assert len(frozen) > 70 and not any(before.get_parameter(k).requires_grad for k in frozen)
 
     command = "train.py --data scenes --model tiny --sam2 runs/sam2.pt --gpus 0 --workers 0 --epochs 1 --out runs/x"
     monkeypatch.setattr(sys, "argv", command.split())

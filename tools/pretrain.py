@@ -27,15 +27,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Collate, Stream, open_dataset  # noqa: E402
-from evaluate import iou_counts, masks_at, sample_iou  # noqa: E402
+from evaluate import iou_counts, masks_at, sample_iou, to_device  # noqa: E402
 from layouts import DataError  # noqa: E402
 from losses import cross_entropy, dice  # noqa: E402
 from model import PRESETS, RS2SAM2  # noqa: E402
 from recipe import RECIPES, Average, optimizer_for, rate_factor  # noqa: E402
-from runs import UsageError, WriteError, number, pick_device, write_checkpoint  # noqa: E402
+from runs import UsageError, WriteError, default_workers, number, pick_device, write_checkpoint  # noqa: E402
 from scenes import make_scenes  # noqa: E402
 from weights import our_name  # noqa: E402
 
+SCENES = Path("data/scenes-clicks")
 AWAY, TOWARDS, CORNERS, NOTHING = 0, 1, (2, 3), -1  # SAM 2's labels of points
 ADDED = ("fusion", "decoder-fusion", "mask-prompt", "boundary")  # what the method adds to SAM 2
 
@@ -50,16 +51,24 @@ def bare_sam2() -> RS2SAM2:
     return model
 
 
+def click(where: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+    """x and y of one of the pixels (H, W), of any pixel if there is none."""
+    y, x = (where if where.any() else ~where).nonzero()
+    one = rng.integers(len(x))
+    return x[one], y[one]
+
+
 def prompts(masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A click inside, or by chance the box, of each mask (B, H, W) -> points (B, 2, 2) as x, y; labels (B, 2)."""
+    """A click inside, or by chance the box, of each mask (B, H, W) -> points (B, 2, 2) as x, y; labels (B, 2).
+
+    An empty mask gets a click that says: not here."""
     points, labels = np.zeros((len(masks), 2, 2), np.float32), np.full((len(masks), 2), NOTHING)
-    for i, mask in enumerate(masks.cpu().numpy()):
-        y, x = mask.nonzero()
-        if rng.random() < 0.5:
+    for i, mask in enumerate(masks.cpu().numpy() > 0):
+        if mask.any() and rng.random() < 0.5:
+            y, x = mask.nonzero()
             points[i], labels[i] = ((x.min(), y.min()), (x.max(), y.max())), CORNERS
         else:
-            one = rng.integers(len(x))
-            points[i, 0], labels[i, 0] = (x[one], y[one]), TOWARDS
+            points[i, 0], labels[i, 0] = click(mask, rng), TOWARDS if mask.any() else AWAY
     return torch.from_numpy(points).to(masks.device), torch.from_numpy(labels).to(masks.device)
 
 
@@ -69,9 +78,8 @@ def correction(masks: Tensor, answers: Tensor, rng: np.random.Generator) -> tupl
     points, labels = np.zeros((len(masks), 1, 2), np.float32), np.zeros((len(masks), 1), np.int64)
     for i, (mask, answer) in enumerate(zip(masks.cpu().numpy() > 0, answers.cpu().numpy() > 0)):
         wrong = mask != answer
-        y, x = (wrong if wrong.any() else mask).nonzero()
-        one = rng.integers(len(x))
-        points[i, 0], labels[i, 0] = (x[one], y[one]), TOWARDS if mask[y[one], x[one]] else AWAY
+        x, y = click(wrong if wrong.any() else mask, rng)
+        points[i, 0], labels[i, 0] = (x, y), TOWARDS if mask[y, x] else AWAY
     return torch.from_numpy(points).to(masks.device), torch.from_numpy(labels).to(masks.device)
 
 
@@ -124,21 +132,21 @@ def batches(data: str, split: str, model: RS2SAM2, samples: int, seed: int, batc
     dataset = open_dataset(data, split, one_phrase=True, seed=seed)
     dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
     loader = DataLoader(dataset, batch_size, sampler=Stream(len(dataset), seed, 0, samples),
-                        collate_fn=Collate(model.union_encoder.tokenizer))  # fmt: skip
+                        num_workers=default_workers(), collate_fn=Collate(model.union_encoder.tokenizer))  # fmt: skip
     for batch in loader:
-        yield {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        yield to_device(batch, device)
 
 
 def train(model: RS2SAM2, data: str, samples: int, seed: int) -> None:
     """By the recipe of `tiny`; the averaged weights remain."""
     recipe = RECIPES["tiny"]
     optimizer, average = optimizer_for(model, recipe, recipe.lr), Average(model, recipe.ema)
-    rng = np.random.default_rng(seed)
+    rng, done = np.random.default_rng(seed), 0
     model.train()
     with tqdm(total=samples, unit="img", disable=None) as bar:
         for batch in batches(data, "train", model, samples, seed, recipe.batch_size):
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * max(rate_factor("cosine", bar.n / samples, 0), 1e-3)
+                group["lr"] = group["peak"] * max(rate_factor(recipe.schedule, done / samples, 0), 1e-3)
             answers, target = both_answers(model, batch, rng)
             total = sum(loss(logits, target) for logits in answers) / len(answers)
             total.backward()
@@ -146,9 +154,9 @@ def train(model: RS2SAM2, data: str, samples: int, seed: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
             average.update()
-            bar.n += len(target)
+            done += len(target)
             bar.set_postfix(loss=f"{total.item():.3f}", refresh=False)
-            bar.update(0)
+            bar.update(len(target))
     average.swap()
 
 
@@ -169,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, integer = parser.add_argument, partial(partial, number, int)
     add("--out", type=Path, default=Path("runs/sam2-tiny.pt"), metavar="FILE", help="default: runs/sam2-tiny.pt")
-    add("--data", default="data/scenes-clicks", help="generated there if it does not exist (default: data/scenes-clicks)")
+    add("--data", help=f"data set by name or path (default: scenes of its own, generated as {SCENES})")
     add("--samples", type=integer(1), default=40_000, help="targets to train on (default: 40000)")
     add("--seed", type=integer(0), default=0, help="of initial weights, order and prompts (default: 0)")
     args = parser.parse_args()
@@ -177,14 +185,15 @@ def main() -> None:
         if args.out.exists():
             raise UsageError(f"{args.out} exists already: name another --out")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        if not Path(args.data).exists():
-            print(f"generating scenes under {args.data} (once, a minute or two)", flush=True)
-            make_scenes(args.data, test=0, seed=1)
+        if not args.data and not SCENES.exists():
+            print(f"generating scenes under {SCENES} (once, a minute or two)", flush=True)
+            make_scenes(SCENES, test=0, seed=1)
+        data = args.data or str(SCENES)
         torch.manual_seed(args.seed)
         model, start = bare_sam2().to(pick_device(None)), time.perf_counter()
-        train(model, args.data, args.samples, args.seed)
+        train(model, data, args.samples, args.seed)
         minutes = (time.perf_counter() - start) / 60
-        first, corrected = validate(model, args.data, args.seed)
+        first, corrected = validate(model, data, args.seed)
         write_checkpoint(args.out, {"model": sam2_state(model)})
         print(f"{args.samples:,} samples in {minutes:.1f} minutes; validation mIoU {first:.2f} of a click or box, "
               f"{corrected:.2f} corrected once; wrote {args.out}")  # fmt: skip
