@@ -83,7 +83,7 @@ def test_pretraining_reaches_all_of_sam2_and_nothing_else():
     model = pretrain.bare_sam2()
     target = masks_of(*[(8 * i, 10, 8 * i + 30, 60) for i in range(8)])
     images = torch.randint(0, 256, (8, 3, 128, 128), dtype=torch.uint8)
-    answers, _ = pretrain.both_answers(
+    answers = pretrain.both_answers(
         model, {"image": images, "encoder_image": images, "target": target}, np.random.default_rng(0)
     )
     sum(pretrain.loss(logits, target) for logits in answers).backward()

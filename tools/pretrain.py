@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Collate, Stream, open_dataset  # noqa: E402
-from evaluate import iou_counts, masks_at, sample_iou, to_device  # noqa: E402
+from evaluate import iou_counts, masks_at, summarise, to_device  # noqa: E402
 from layouts import DataError  # noqa: E402
 from losses import cross_entropy, dice  # noqa: E402
 from model import PRESETS, RS2SAM2  # noqa: E402
@@ -89,8 +89,8 @@ def answer(model: RS2SAM2, stages: list[Tensor], points: Tensor, labels: Tensor,
     return model.decode(*stages, None, None, before, sparse)  # (B, 1, S/4, S/4)
 
 
-def both_answers(model: RS2SAM2, batch: dict, rng: np.random.Generator) -> tuple[list[Tensor], Tensor]:
-    """-> logits (B, 1, S/4, S/4) of the answer to a prompt and of its correction; the target (B, S, S)"""
+def both_answers(model: RS2SAM2, batch: dict, rng: np.random.Generator) -> list[Tensor]:
+    """-> logits (B, 1, S/4, S/4) of the answer to a prompt, and of its correction"""
     target = batch["target"]  # (B, S, S)
     image, _ = model.normalise(batch["image"], batch["encoder_image"])  # (B, 3, S, S)
     fine, middle, embedding, _ = model.neck(model.image_encoder(image, None))[0]  # (B, C, S/4, S/4), (B, C, S/8, S/8), ..
@@ -100,7 +100,7 @@ def both_answers(model: RS2SAM2, batch: dict, rng: np.random.Generator) -> tuple
     full = F.interpolate(first.detach(), target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]  # (B, S, S)
     more, label = correction(target, full, rng)  # (B, 1, 2), (B, 1)
     points, labels = torch.cat([points, more], dim=1), torch.cat([labels, label], dim=1)  # (B, 3, 2), (B, 3)
-    return [first, answer(model, stages, points, labels, first.detach())], target
+    return [first, answer(model, stages, points, labels, first.detach())]
 
 
 def loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -120,18 +120,18 @@ def sam2_name(key: str) -> str:
 
 def sam2_state(model: RS2SAM2) -> dict[str, Tensor]:
     """SAM 2's part of the model, by the names in SAM 2's own files."""
-    ours = [k for k in model.state_dict() if not k.startswith(("union_encoder.", "sparse_prompt."))]
-    state = {sam2_name(k): model.state_dict()[k] for k in ours}
-    assert [our_name(f"visual_model.{k}") for k in state] == ours
+    ours = {k: v for k, v in model.state_dict().items() if not k.startswith(("union_encoder.", "sparse_prompt."))}
+    state = {sam2_name(k): v for k, v in ours.items()}
+    assert [our_name(f"visual_model.{k}") for k in state] == list(ours)
     return state
 
 
-def batches(data: str, split: str, model: RS2SAM2, samples: int, seed: int, batch_size: int):
-    """Batches of so many samples in all, on the model's device."""
+def batches(data: str, split: str, model: RS2SAM2, samples: int | None, seed: int, batch_size: int):
+    """Batches of so many samples in all, of one pass for None, on the model's device."""
     device = next(model.parameters()).device
     dataset = open_dataset(data, split, one_phrase=True, seed=seed)
     dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
-    loader = DataLoader(dataset, batch_size, sampler=Stream(len(dataset), seed, 0, samples),
+    loader = DataLoader(dataset, batch_size, sampler=Stream(len(dataset), seed, 0, samples or len(dataset)),
                         num_workers=default_workers(), collate_fn=Collate(model.union_encoder.tokenizer))  # fmt: skip
     for batch in loader:
         yield to_device(batch, device)
@@ -147,16 +147,16 @@ def train(model: RS2SAM2, data: str, samples: int, seed: int) -> None:
         for batch in batches(data, "train", model, samples, seed, recipe.batch_size):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * max(rate_factor(recipe.schedule, done / samples, 0), 1e-3)
-            answers, target = both_answers(model, batch, rng)
-            total = sum(loss(logits, target) for logits in answers) / len(answers)
+            answers = both_answers(model, batch, rng)
+            total = sum(loss(logits, batch["target"]) for logits in answers) / len(answers)
             total.backward()
             torch.nn.utils.clip_grad_norm_(average.live.values(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad()
             average.update()
-            done += len(target)
+            done += len(batch["target"])
             bar.set_postfix(loss=f"{total.item():.3f}", refresh=False)
-            bar.update(len(target))
+            bar.update(len(batch["target"]))
     average.swap()
 
 
@@ -165,12 +165,11 @@ def validate(model: RS2SAM2, data: str, seed: int) -> list[float]:
     """mIoU in per cent of the first answers, and of the corrected ones, on the validation split."""
     rng, found = np.random.default_rng(seed), ([], [])
     model.eval()
-    size = len(open_dataset(data, "val", one_phrase=True))
-    for batch in batches(data, "val", model, size, seed, batch_size=8):
-        for logits, ious in zip(both_answers(model, batch, rng)[0], found):
+    for batch in batches(data, "val", model, None, seed, batch_size=8):
+        for logits, counts in zip(both_answers(model, batch, rng), found):
             for one, mask in zip(logits.split(1), batch["mask"]):
-                ious.append(float(sample_iou(*iou_counts(masks_at(one, mask.shape), mask.numpy()), "ours")))
-    return [100 * float(np.mean(ious)) for ious in found]
+                counts.append(iou_counts(masks_at(one, mask.shape), mask.numpy()))
+    return [summarise(*zip(*counts))["mIoU"] for counts in found]
 
 
 def main() -> None:
