@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ def process_group():
     # Gradients go by NCCL where there are cards; Python objects always by gloo, which can wait for a long download.
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    sys.excepthook = partial(last_words, sys.excepthook)
     if rank() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all; rank 0 has the word
     if dist.is_torchelastic_launched():
@@ -66,6 +68,12 @@ def process_group():
             raise
     time.sleep(0.2)  # gloo's threads let go of the last call's tensors: joined before they have, they may wait for ever
     dist.destroy_process_group()
+
+
+def last_words(say, kind, *error) -> None:
+    """What nobody has caught: said as ever, by torch's hook, which names the rank; then the exit code, come what may."""
+    say(kind, *error)
+    leave(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
 
 def end_with(launcher: int) -> None:

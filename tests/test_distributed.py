@@ -112,7 +112,7 @@ def everything(scenes: Path, out: Path, alone: Path) -> None:
 
 
 FAIL = """
-import os, sys
+import atexit, os, sys
 from pathlib import Path
 from processes import gather, process_group, rank, rank_0_first
 
@@ -129,6 +129,7 @@ with process_group():
     if rank():
         if how == "killed":
             os.kill(os.getpid(), 9)
+        atexit.register(os.abort)  # what threads of a process group that is left standing do now and then
         raise ValueError("something unforeseen")
     gather(None)  # waits for rank 1
 """
