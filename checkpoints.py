@@ -91,16 +91,16 @@ def build(
         if encoder_size > LARGEST:
             raise WeightsError(f"{option}: the union encoder takes images of up to {LARGEST} pixels a side")
         preset = replace(preset, encoder_size=encoder_size)
-    if from_scratch or (name == "tiny" and not sam2_file):
+    if from_scratch or (preset.train_trunk and not sam2_file):
         if preset.encoder == "beit3":
             raise WeightsError("preset paper can't start from scratch: BEiT-3's tokeniser comes with its weights; use large")
         if sam2_file or encoder_weights:
             raise WeightsError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
         return RS2SAM2(replace(preset, train_trunk=True))
 
-    if name == "tiny":  # around a trained image encoder, which stays as it is
+    if preset.train_trunk:  # tiny, around a trained image encoder, which stays as it is
         if encoder_weights:
-            raise WeightsError("preset tiny has no encoder weights to start from: leave out --encoder-weights")
+            raise WeightsError(f"preset {name} has no encoder weights to start from: leave out --encoder-weights")
         file, model = existing(sam2_file), RS2SAM2(replace(preset, train_trunk=False))
         load_sam2(model, file)
         return model

@@ -176,6 +176,13 @@ def rate_factor(schedule: str, progress: float, epoch: int) -> float:
     return min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95)))
 
 
+def set_rates(optimizer: torch.optim.Optimizer, schedule: str, progress: float, epoch: int) -> None:
+    """Give every group its rate for the next step; never quite zero, so that the first step and the last do something."""
+    factor = max(rate_factor(schedule, progress, epoch), 1e-3)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
 def part_names(text: str) -> tuple[str, ...]:
     """The names of --without."""
     try:

@@ -35,7 +35,7 @@ from layouts import DataError
 from losses import total_loss
 from model import RS2SAM2, compiled, count_parameters
 from processes import Shares, gather, launch, launched, process_group, rank, rank_0_first, share, world_size
-from recipe import RECIPES, Average, Recipe, command_line, optimizer_for, rate_factor
+from recipe import RECIPES, Average, Recipe, command_line, optimizer_for, set_rates
 from runs import RunFolder, UsageError, WriteError, default_workers, free_run, pick_device, revision
 from scenes import make_scenes
 from stopping import Signals, Stopped, leave_signals, one_sentence
@@ -120,11 +120,8 @@ class Trainer:
 
     def step(self, batch: dict, count: int) -> dict[str, float]:
         """One optimiser step -> the loss and its terms. `batch` is this process's share of `count` samples."""
-        factor = rate_factor(
-            self.recipe.schedule, self.samples / self.total_samples, self.samples // self.epoch_samples
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * max(factor, 1e-3)
+        progress, epoch = self.samples / self.total_samples, self.samples // self.epoch_samples
+        set_rates(self.optimizer, self.recipe.schedule, progress, epoch)
         # What is random in the model is fixed by the step, so it is the same wherever the run was interrupted.
         torch.manual_seed(int(np.random.SeedSequence([self.args.seed, self.samples, rank()]).generate_state(1)[0]))
         size, sums = len(batch["id"]), {}

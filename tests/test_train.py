@@ -142,9 +142,13 @@ def test_the_average_is_the_moving_average(tiny):
 
 
 def test_schedules():
-    cosine = [train.rate_factor("cosine", p, 0) for p in (0, 0.025, 0.05, 0.525, 1)]
+    cosine = [recipe.rate_factor("cosine", p, 0) for p in (0, 0.025, 0.05, 0.525, 1)]
     assert cosine == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert [train.rate_factor("constant", 0.5, epoch) for epoch in (0, 49, 50, 59)] == [1, 1, 0.1, 0.1]
+    assert [recipe.rate_factor("constant", 0.5, epoch) for epoch in (0, 49, 50, 59)] == [1, 1, 0.1, 0.1]
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "peak": peak} for peak in (1.0, 2.0)], lr=9.0)
+    for progress, factor in ((0, 0.001), (0.05, 1), (0.525, 0.5), (1, 0.001)):
+        recipe.set_rates(optimizer, "cosine", progress, epoch=0)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([factor, 2 * factor])
 
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

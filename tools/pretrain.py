@@ -31,7 +31,7 @@ from evaluate import iou_counts, masks_at, summarise, to_device  # noqa: E402
 from layouts import DataError  # noqa: E402
 from losses import cross_entropy, dice  # noqa: E402
 from model import PRESETS, RS2SAM2  # noqa: E402
-from recipe import RECIPES, Average, optimizer_for, rate_factor  # noqa: E402
+from recipe import RECIPES, Average, optimizer_for, set_rates  # noqa: E402
 from runs import UsageError, WriteError, default_workers, number, pick_device, write_checkpoint  # noqa: E402
 from scenes import make_scenes  # noqa: E402
 from weights import our_name  # noqa: E402
@@ -145,8 +145,7 @@ def train(model: RS2SAM2, data: str, samples: int, seed: int) -> None:
     model.train()
     with tqdm(total=samples, unit="img", disable=None) as bar:
         for batch in batches(data, "train", model, samples, seed, recipe.batch_size):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * max(rate_factor(recipe.schedule, done / samples, 0), 1e-3)
+            set_rates(optimizer, recipe.schedule, done / samples, epoch=0)
             answers = both_answers(model, batch, rng)
             total = sum(loss(logits, batch["target"]) for logits in answers) / len(answers)
             total.backward()
