@@ -344,7 +344,7 @@ def compiled(model: nn.Module, mode: str | None = None) -> nn.Module:
     in training and in evaluation, with 32 or 64 tokens, are 8 graphs; torch gives up compiling, all but silently,
     beyond 8 by default. mode: torch.compile's; 'reduce-overhead' (CUDA graphs) is for inference.
     """
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.cache_size_limit = max(32, torch._dynamo.config.cache_size_limit)  # as torch 2.6 calls recompile_limit
     return torch.compile(model, dynamic=False, mode=mode)
 
 
