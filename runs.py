@@ -99,13 +99,16 @@ class RunFolder:
 
 
 def link_best(best: Path, link: Path = Path("best.pt")) -> None:
-    """Point ./best.pt at a run's best. A regular file of that name is left alone."""
+    """Point ./best.pt at a run's best. A regular file of that name is left alone, and where there can be no link, none is."""
     if link.exists() and not link.is_symlink():
         print(f"{link} is a file of yours and stays as it is; this run's best is {best}")
         return
     part = link.with_name(f"{link.name}.{os.getpid()}")  # replaced in one go: several runs may end at the same time
-    part.symlink_to(os.path.relpath(best, link.parent))
-    os.replace(part, link)
+    try:
+        part.symlink_to(os.path.relpath(best, link.parent))
+        os.replace(part, link)
+    except OSError as error:  # a file system without links, or a folder of somebody else's: no reason to end a run
+        print(f"{link} can't be linked here ({error.strerror or error}); this run's best is {best}")
 
 
 def revision() -> str:

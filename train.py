@@ -61,7 +61,7 @@ class Trainer:
             self.model.cast_frozen(compute_dtype())
         self.forward = self.synced = compiled(self.model) if device.type == "cuda" else self.model
         if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
-            self.synced = DistributedDataParallel(self.forward)
+            self.synced = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)  # no second copy of gradients
         self.optimizer = optimizer_for(model, recipe, args.lr)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         # float16 has no range for gradients; bfloat16 and float32 need no scaling
@@ -355,6 +355,7 @@ def main(signals: Signals | None = None) -> None:
                 with rank_0_first():
                     trainer.resume(checkpoint)
                 trainer.folder.sound = args.resume == trainer.folder.last
+                checkpoint = None  # what it holds of the file would keep that on the disk when it is replaced
             counts, where = count_parameters(model), f"{world_size()} x {device.type}" if world_size() > 1 else device
             variant = f"{args.model} without {', '.join(without)}" if without else args.model
             print(f"{variant} on {args.data} ({len(sets[0]):,} training targets, {len(sets[1]):,} validation phrases), "
@@ -373,6 +374,11 @@ def main(signals: Signals | None = None) -> None:
                 f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try {smaller}"
                 f"{again}or a smaller --image-size"
             ) from None
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UsageError(
+                f"torch.compile failed ({' '.join(str(error).split())[:200]}): install what it misses, often a C compiler, or "
+                f"train without it, slower, by TORCH_COMPILE_DISABLE=1 in the environment"
+            ) from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The loop: parameter groups, data order, averages, schedule, and the command lines themselves on a small set of scenes."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -172,6 +173,46 @@ def test_the_link_never_replaces_a_file(tmp_path, monkeypatch):
     Path("best.pt").write_text("mine")
     runs.link_best(best)
     assert Path("best.pt").read_text() == "mine"
+
+
+def test_where_there_can_be_no_link_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    folder = runs.RunFolder(tmp_path / "run")
+    folder.make()
+    folder.save_best({"x": 1})
+    assert torch.load(folder.path / "best.pt", weights_only=True) == {"x": 1} and not Path("best.pt").exists()
+    told = capsys.readouterr().out
+    assert f"best.pt can't be linked here (Operation not supported); this run's best is {folder.path}" in told
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_compiler(*_):
+    def backend(*_):
+        raise RuntimeError("Failed to find\n C compiler")
+
+    torch.compile(torch.sin, backend=backend)(torch.ones(1))
+
+
+@pytest.mark.parametrize("step, told", [
+    (out_of_memory, "out of memory with --batch-size 8 at 64 pixels: try --accumulate 2, --checkpoint-activations, or a "
+     "smaller --image-size"),
+    (no_compiler, "torch.compile failed .*Failed to find C compiler.*: install what it misses, often a C compiler, or train "
+     "without it, slower, by TORCH_COMPILE_DISABLE=1 in the environment"),
+])  # fmt: skip
+def test_what_fails_on_a_card_alone_is_one_sentence(step, told, scenes, tmp_path, monkeypatch):
+    command = f"train.py --data {scenes} --model tiny --image-size 64 --gpus 0 --workers 0 --out {tmp_path / 'run'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(train.Trainer, "step", step)
+    with pytest.raises(runs.UsageError, match=told):
+        train.main()
 
 
 # ---- metrics ------------------------------------------------------------------------------------------------------------
