@@ -98,6 +98,27 @@ def test_pretraining_reaches_all_of_sam2_and_nothing_else():
     assert {name.split(".")[0] for name in names} == {"image_encoder", "sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed"}
 
 
+def test_pretraining_is_not_lost_by_what_comes_after_it(tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    make_scenes("both", train=4, val=2, test=0, size=96, progress=False)
+    make_scenes("alone", train=4, val=0, test=0, size=96, progress=False)
+    monkeypatch.setattr(pretrain, "train", lambda *_: print("trained"))
+    monkeypatch.setattr(pretrain, "validate", interrupt)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", "both", "--out", "sam2.pt"])
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main()
+    assert "image_encoder.trunk.patch_embed.proj.weight" in torch.load("sam2.pt", weights_only=True)["model"]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", "alone", "--out", "other.pt"])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    told = capsys.readouterr()
+    assert "alone has no samples in split 'val'" in told.err and not told.out
+
+
 def test_tiny_trains_around_a_frozen_sam2_of_the_tool(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_scenes("data/scenes", train=6, val=2, test=0, size=96, progress=False)

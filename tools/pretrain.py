@@ -187,14 +187,15 @@ def main() -> None:
             print(f"generating scenes under {SCENES} (once, a minute or two)", flush=True)
             make_scenes(SCENES, test=0, seed=1)
         data = args.data or str(SCENES)
+        open_dataset(data, "val")  # what may be wrong with it is said before the training
         torch.manual_seed(args.seed)
         model, start = bare_sam2().to(pick_device(None)), time.perf_counter()
         train(model, data, args.samples, args.seed)
         minutes = (time.perf_counter() - start) / 60
-        first, corrected = validate(model, data, args.seed)
         write_checkpoint(args.out, {"model": sam2_state(model)})
-        print(f"{args.samples:,} samples in {minutes:.1f} minutes; validation mIoU {first:.2f} of a click or box, "
-              f"{corrected:.2f} corrected once; wrote {args.out}")  # fmt: skip
+        print(f"{args.samples:,} samples in {minutes:.1f} minutes; wrote {args.out}", flush=True)
+        first, corrected = validate(model, data, args.seed)
+        print(f"validation mIoU {first:.2f} of a click or box, {corrected:.2f} corrected once")
     except (UsageError, DataError, WriteError, OSError) as error:
         print(f"pretrain.py: {error}", file=sys.stderr)
         sys.exit(2)
