@@ -105,7 +105,7 @@ def build(
         load_sam2(model, file)
         return model
 
-    # Every file is looked for before anything is downloaded, and downloaded before anything is built.
+    # Files that are named are looked for first, names and sizes checked; then what is named nowhere is downloaded.
     sam2_file = existing(sam2_file) if sam2_file else None
     source = encoder_weights or preset.encoder_tag
     if preset.encoder == "beit3":

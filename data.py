@@ -33,8 +33,8 @@ def open_dataset(
 ):
     """The split of a data set as a ReferringDataset; DataError if it can't be had.
 
-    data: one of NAMES (in ./data) or a folder. split: 'train' and 'val' are matched exactly, 'test' takes every split
-    with 'test' in its name. one_phrase, as in training: an item is a sample with one of its phrases, drawn anew at every
+    data: a name (its folder is in ./data) or a folder's path. split: 'train' and 'val' are matched exactly, 'test' takes every
+    split with 'test' in its name. one_phrase, as in training: an item is a sample with one of its phrases, drawn anew at every
     access, instead of every phrase. augment, in training only: None, 'paper' or 'ours'. skip_missing: samples whose files are
     missing are left out, and how many is printed, instead of an error.
     """

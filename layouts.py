@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-NAMES = ("RRSIS-D", "RefSegRS", "RISBench", "scenes")  # below ./data
+NAMES = ("RRSIS-D", "RefSegRS", "RISBench", "scenes")  # below ./data; so may be any other folder
 LAYOUTS = """
   RRSIS-D and relatives: rrsisd/refs(unc).p, rrsisd/instances.json, images/rrsisd/JPEGImages/*.jpg
   RefSegRS: output_phrase_<split>.txt ("<id> <phrase>" a line), images/<id>.tif, masks/<id>.tif
@@ -233,8 +233,10 @@ def read_csv(path):
 
 
 def read_samples(data):
-    """(name, root, samples of all splits) of a data set given by one of NAMES or by its folder."""
-    root = Path("data", data) if data in NAMES else Path(data)
+    """(name, root, samples of all splits) of a data set given by its name, a folder of ./data, or by its folder's path."""
+    root, named = Path(data), Path("data", data)
+    if data in NAMES or root.parent == Path() and named.is_dir() and not root.is_dir():
+        root = named
     try:
         if not root.is_dir():
             remedy = "put the data set there" if data in NAMES else f"give a folder or one of {', '.join(NAMES)}"

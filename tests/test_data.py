@@ -256,7 +256,11 @@ def test_unknown_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "RefSegRS" in message("RRSISD") and "rrsisd/refs(unc).p" in message("RRSISD")
     assert os.path.join("data", "RRSIS-D") in message("RRSIS-D")
+    (tmp_path / "data/other").mkdir(parents=True)
+    assert os.path.join("data", "other") + " holds nothing" in message("other")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "data/folder").mkdir()  # the nearer one is meant
+    (tmp_path / "data/folder/more.txt").write_text("")
     assert "holds nothing" in message("folder")
     (tmp_path / "folder/readme.txt").write_text("")
     assert "holds readme.txt" in message("folder")

@@ -7,10 +7,11 @@
 
 Weights and inputs are random. Tasks: train (forward, loss, backward, clipping, optimiser), loader (the training set's loader
 alone, and beside the training step), forward (as evaluate.py calls the model), evaluate (its whole loop over generated
-scenes of 800 pixels, loader and scoring included). Variants of a task are timed in turns, so that what else the machine
-does meets them alike; a figure is the median over --repeats. --baseline times the published settings beside them, on the
-same weights: batch 1, SAM 2 in float32, stock multi-head attention that returns its weights, no compilation, a
-synchronisation and an emptied cache after each step. MFU is the share of what the device reaches on a large product.
+scenes of 800 pixels, loader and scoring included). On a CPU the variants of a task are timed in turns, so that what
+else the machine does meets them alike, on a card one after the other, as each keeps memory of its own; a figure is the
+median over --repeats. --baseline times the published settings beside them, on the same weights: batch 1, SAM 2 in
+float32, stock multi-head attention that returns its weights, no compilation, a synchronisation and an emptied cache
+after each step. MFU is the share of what the device reaches on a large product.
 """
 
 import argparse
@@ -185,10 +186,6 @@ class Step:
 def forward_once(call, batch, precision) -> None:
     with torch.inference_mode(), precision():
         call(*batch[:-1])
-
-
-def evaluate_once(model, call, dataset, size, workers) -> None:
-    score(model, dataset, batch_size=size, workers=workers, forward=call)
 
 
 def flushed(run) -> None:

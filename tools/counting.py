@@ -130,8 +130,8 @@ def flops(name: str, image_size: int | None = None, backward: bool = True) -> di
 def training_memory(name: str, checkpointing: bool) -> tuple[float, float]:
     """Bytes of a training step in bfloat16 autocast, without compilation: (whatever the batch, for each image).
 
-    The first are weights, gradients, AdamW's two moments (Muon's matrices have one), averaged weights and the weights'
-    copies in bfloat16; the second the slope of the largest total of live tensors between 2 and 3 images.
+    The first are weights, gradients, AdamW's two moments (Muon has but one, so `tiny` needs less), averaged weights and the
+    weights' copies in bfloat16; the second the slope of the largest total of live tensors between 2 and 3 images.
     """
     peaks = []
     with fake_model(name, None) as model:
