@@ -408,7 +408,7 @@ def test_scores_and_panels_on_a_full_disk(undisturbed, tmp_path, option):
 def test_predictions_on_a_full_disk(undisturbed, scenes, tmp_path):
     image = next((scenes / "images/rrsisd/JPEGImages").iterdir())
     done = subprocess.run(
-        [sys.executable, "-c", LIMIT.format(size=1024) + "import predict; predict.main()", "--ckpt", undisturbed / "best.pt",
+        [sys.executable, "-c", f"import predict; {LIMIT.format(size=1024)}predict.main()", "--ckpt", undisturbed / "best.pt",
          "--image", image, "--phrase", "the ship"], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 1 and "1 of 1 failed" in done.stderr and "File too large" in done.stderr

@@ -93,8 +93,10 @@ def fake_model(name: str, image_size: int | None):
     """A preset on fake tensors, which have shapes and no content: to count FLOPs and bytes in seconds, on any machine."""
     with Unfilled():
         model = RS2SAM2(replace(PRESETS[name], image_size=image_size or PRESETS[name].image_size))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield model.to_empty(device="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for tensors in (t for module in model.modules() for t in (module._parameters, module._buffers)):
+            tensors.update({key: mode.from_tensor(t) for key, t in tensors.items() if t is not None})
+        yield model
 
 
 def loss_of(output: Output, target, name: str):
