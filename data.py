@@ -6,6 +6,7 @@ Which samples a data set has is read by layouts.py. Files that are broken raise 
 """
 
 import argparse
+import hashlib
 import io
 import random
 import re
@@ -70,12 +71,11 @@ def decode(path, flags, limit=MAX_PIXELS):
     except Image.DecompressionBombError:
         raise ValueError(f"{path} claims more than {limit:,} pixels") from None
     except Exception as error:  # a hostile header can raise nearly anything
-        raise ValueError(f"{path} can't be read: {getattr(error, 'strerror', None) or 'not a sound image'}") from None
+        other = ", or not 8-bit grey or RGB" if str(path).lower().endswith((".tif", ".tiff")) else ""
+        raise ValueError(f"{path} can't be read: {getattr(error, 'strerror', None) or f'not a sound image{other}'}") from None
     if width * height > limit:
         raise ValueError(f"{path} claims {width} x {height} pixels, more than {limit:,}")
-    # A JPEG that is cut off decodes, with grey for the rest; but no end marker FFD9 comes after the last scan's start
-    # FFDA. (The markers of an embedded thumbnail come before.) Other formats fail by themselves.
-    if kind in ("JPEG", "MPO") and data.find(b"\xff\xd9", data.rfind(b"\xff\xda")) < 0:
+    if kind in ("JPEG", "MPO") and not ends(data):  # it decodes, with grey for the rest; other formats fail by themselves
         raise ValueError(f"{path} is cut off")
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -86,15 +86,30 @@ def decode(path, flags, limit=MAX_PIXELS):
     return pixels
 
 
+def ends(jpeg):
+    """Whether an end marker, FFD9, comes after the start of the first scan, FFDA. What goes before a scan, a thumbnail with
+    markers of its own perhaps, is passed over segment by segment; what follows the end does not matter."""
+    place = 2
+    while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != b"\xda":
+        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+    return jpeg.find(b"\xff\xd9", place) >= 0
+
+
 def read_image(path):
     """uint8 RGB (H, W, 3): grayscale becomes RGB; EXIF rotation is ignored, since masks aren't rotated."""
-    return cv2.cvtColor(decode(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION), cv2.COLOR_BGR2RGB)
+    pixels = decode(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels.dtype != np.uint8:  # 12 bits in 16 would come out black
+        raise ValueError(f"{path} has {8 * pixels.itemsize} bits a channel: stretch it to 8-bit RGB, all of a set alike")
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def load_mask(sample, size):
-    """uint8 (H, W) of 0/1 as stored; `size` (H, W) of the image serves where the data set gives none."""
+    """uint8 (H, W) of 0/1 as stored; `size` (H, W) is the image's, and the mask's where the data set gives none."""
     if isinstance(sample.mask, str):
         pixels = decode(sample.mask, cv2.IMREAD_UNCHANGED)
+        (height, width), (rows, columns) = pixels.shape[:2], size
+        if abs(height * columns / (width * rows) - 1) > 0.05:  # real ones are a few rows off
+            raise ValueError(f"{sample.mask} ({width} x {height}) and the image ({columns} x {rows}, unturned) differ in shape")
         pixels = pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=2)  # any colour, a palette's too; not alpha
         return (pixels > sample.threshold).astype(np.uint8)
     # The union: the published loader keeps pixels that exactly one part covers, and so drops those that two cover.
@@ -186,10 +201,15 @@ HORIZONTAL |= {f"{ns}east{end}": f"{ns}west{end}" for end in ENDINGS for ns in (
 VERTICAL |= {f"north{ew}{end}": f"south{ew}{end}" for end in ENDINGS for ew in ("", "east", "west")}
 SWAPS = [words | {b: a for a, b in words.items()} for words in (HORIZONTAL, VERTICAL)]
 # What a flip would make wrong and no swap of words mends: turns and clock directions, rows counted from a side that
-# isn't said; and 'right next to', 'on top of', which are no places in the image.
-FIXED = r"clock|\b(?:first|second|third|fourth|fifth|last)\b(?!.*\bfrom\b)"
-FIXED = [re.compile(rf"{FIXED}|\bright (?:next|beside|behind|above|below|under|after|before|angle)", re.IGNORECASE),
-         re.compile(rf"{FIXED}|\bon top of\b|\b(?:up|down|upside)\b", re.IGNORECASE)]
+# isn't said; 'right next to', 'on top of', which are no places in the image; 'topleft' and 'NE', written otherwise; and
+# the commonest places in other languages than English, which alone is swapped.
+FIXED = r"clock|\b(?:first|second|third|fourth|fifth|last)\b(?!.*\bfrom\b)|\b[ns][ew]\b"
+FIXED = [re.compile(rf"{FIXED}|\bright (?:next|beside|behind|above|below|under|after|before|angle)"
+                    r"|(?<!b)(?:left|right)(?!(?:most|wards?)?\b)|(?!bright|upright)\b\w+(?:left|right)"
+                    r"|\b(?:izquierd|derech|esquerd|direit|sinistr|destr|droit|gauche|links|rechts)", re.IGNORECASE),
+         re.compile(rf"{FIXED}|\bon top of\b|\b(?:up|down|upside|beneath|under|underneath)\b"
+                    r"|\b(?:top|bottom|upper|lower)(?!(?:most)?\b)|\B(?<!s)top\b"
+                    r"|\b(?:superior|inferior|arriba|abajo|cima|baixo|alto|basso|haut|bas|oben|unten)\b", re.IGNORECASE)]
 
 
 def flip_phrase(phrase, horizontal, vertical):
@@ -232,6 +252,7 @@ class ReferringDataset(torch.utils.data.Dataset):
     the worker. An item is a dict; DataError if its files are broken:
 
         id, file, phrase, kind, category   str; file is the image's path
+        scene                              str; one for all copies of an image (RefSegRS has a file for each phrase)
         image           uint8 (3, image_size, image_size)       RGB, aspect ratio not kept
         encoder_image   uint8 (3, encoder_size, encoder_size)   the same picture
         target          uint8 (image_size, image_size)          1 = foreground
@@ -269,35 +290,16 @@ class ReferringDataset(torch.utils.data.Dataset):
             mask = load_mask(sample, image.shape[:2])
         except ValueError as error:
             raise DataError(f"Sample {sample.id} of {self.name} ({sample.image}) is broken: {error}.") from None
+        scene = hashlib.blake2b(image[::4, ::4].tobytes(), digest_size=8).hexdigest()
         if self.augment == "ours":
             image, mask, phrase = augment_ours(image, mask, phrase, rng)
         elif i in self.marked:
             width = image.shape[1]
             black_squares(image, rng, 32, width, width)  # the published loader takes the width for the height too
-        return {"id": sample.id, "file": sample.image, "phrase": phrase, "kind": sample.kinds[j], "category": sample.category,
+        return {"id": sample.id, "file": sample.image, "scene": scene, "phrase": phrase, "kind": sample.kinds[j],
+                "category": sample.category,
                 "image": resize_image(image, self.image_size), "encoder_image": resize_image(image, self.encoder_size),
                 "target": resize_mask(mask, self.image_size), "mask": torch.from_numpy(mask)}
-
-
-class Stream(torch.utils.data.Sampler):
-    """The training order as one endless stream of positions, pass after pass over the shuffled set, cut anywhere.
-
-    Position n belongs to pass n // size; the item's key is (index, pass), so its phrase and augmentation depend on
-    the seed and the key alone, not on workers, interruptions or batch boundaries.
-    """
-
-    def __init__(self, size: int, seed: int, start: int, stop: int):
-        self.size, self.seed, self.start, self.stop = size, seed, start, stop
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self):
-        for number in range(self.start // self.size, -(-self.stop // self.size)):
-            order = np.random.default_rng([self.seed, number]).permutation(self.size)
-            first = number * self.size
-            for n in range(max(self.start, first), min(self.stop, first + self.size)):
-                yield int(order[n - first]), number
 
 
 class Timed:
@@ -316,7 +318,7 @@ class Timed:
 
 class Collate:
     """Items -> batch: image, encoder_image, target stacked; 'ids' int64 (B, L) and 'lengths' int64 (B,) as
-    tokenizer(phrases) gives them; lists of id, file, phrase, kind, category and mask, whose sizes may differ."""
+    tokenizer(phrases) gives them; lists of id, file, scene, phrase, kind, category and mask, whose sizes may differ."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -340,7 +342,7 @@ def check(data, sheet):
         print(f"  {split}: {len(part):,} samples, {len(words):,} phrases of {min(words)} to {max(words)} words, "
               f"median {np.median(words):g}")
     shared = Counter(image for part in splits.values() for image in {sample.image for sample in part})
-    print(f"  images in more than one split: {sum(n > 1 for n in shared.values()):,} of {len(shared):,}")
+    print(f"  image files in more than one split: {sum(n > 1 for n in shared.values()):,} of {len(shared):,}")
     categories = Counter(sample.category or "unknown" for sample in samples).most_common()
     print("  categories:", ", ".join(f"{category} {n:,}" for category, n in categories))
     missing = missing_files(samples)
@@ -367,7 +369,7 @@ def check(data, sheet):
     print(f"  mask's share of the image, quartiles: {quartiles}")
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % 4)
     path = free_path(Path(sheet))
-    Image.fromarray(np.vstack([np.hstack(tiles[i : i + 4]) for i in range(0, len(tiles), 4)])).save(path)
+    Image.fromarray(np.vstack([np.hstack(tiles[i : i + 4]) for i in range(0, len(tiles), 4)])).save(path, "PNG")
     print(f"  contact sheet: {path}")
 
 
@@ -385,11 +387,11 @@ def tile(image, mask, phrase, size=320):
 def main():
     parser = argparse.ArgumentParser(description="Check a data set: print statistics, draw a contact sheet.")
     parser.add_argument("--check", required=True, metavar="DATA", help=f"a folder, or one of {', '.join(NAMES)}")
-    parser.add_argument("--sheet", default="data-check.png", help="contact sheet; a new name is taken if it exists")
+    parser.add_argument("--sheet", default="data-check.png", help="contact sheet, a PNG; a new name is taken if it exists")
     args = parser.parse_args()
     try:
         check(args.check, args.sheet)
-    except DataError as error:
+    except (DataError, OSError) as error:  # the latter of the sheet
         print(error, file=sys.stderr)
         sys.exit(2)
 

@@ -98,12 +98,12 @@ def bootstrap(rows: list[dict], protocol: str, draws: int = 1000) -> dict[str, l
     """95 % intervals of mIoU and oIoU, {"mIoU interval": [low, high], ...}, in per cent.
 
     Percentiles over `draws` sets of images, drawn with replacement: phrases for one image stand or fall together, so
-    whole images are drawn, not samples.
+    whole images are drawn, not samples, with all their copies.
     """
-    images = {file: number for number, file in enumerate(dict.fromkeys(row["file"] for row in rows))}
+    images = {scene: number for number, scene in enumerate(dict.fromkeys(row["scene"] for row in rows))}
     sums = np.zeros((len(images), 4))  # of each image's samples: IoU, number, intersection, union
     for row in rows:
-        sums[images[row["file"]]] += (row["iou"], 1, row["intersection"], row["union"])
+        sums[images[row["scene"]]] += (row["iou"], 1, row["intersection"], row["union"])
     rng = np.random.default_rng(0)
     drawn = np.stack([sums[rng.integers(len(sums), size=len(sums))].sum(0) for _ in range(draws)])
     scores = {"mIoU": drawn[:, 0] / drawn[:, 1], "oIoU": sample_iou(drawn[:, 2], drawn[:, 3], protocol)}
@@ -159,7 +159,7 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
             prediction, truth = masks_at(logits, target.shape), target.cpu().numpy()
             intersection, union = iou_counts(prediction, truth)
             iou, share = float(sample_iou(intersection, union, protocol)), float(target.float().mean())
-            row = {key: batch[key][i] for key in ("id", "file", "phrase", "kind", "category")}
+            row = {key: batch[key][i] for key in ("id", "file", "scene", "phrase", "kind", "category")}
             row |= {"intersection": intersection, "union": union, "iou": iou, "share": share, "size": size_name(share)}
             row["boundary_iou"] = boundary_iou(prediction, truth, protocol)
             rows[indices[i]] = row

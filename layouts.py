@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 NAMES = ("RRSIS-D", "RefSegRS", "RISBench", "scenes")  # below ./data; so may be any other folder
+RELATIVES = ("RRSIS-HR", "RemoteSAM-270K", "NWPU-Refer")  # of RRSIS-D, by the same layout
 LAYOUTS = """
   RRSIS-D and relatives: rrsisd/refs(unc).p, rrsisd/instances.json, images/rrsisd/JPEGImages/*.jpg
   RefSegRS: output_phrase_<split>.txt ("<id> <phrase>" a line), images/<id>.tif, masks/<id>.tif
@@ -259,8 +260,9 @@ def read_samples(data):
     except OSError as error:
         raise DataError(f"{error.filename or root} can't be read ({error.strerror or error}): see to it.") from None
     name = data if data in NAMES else root.resolve().name
-    if refs and refs[0].parent.name == "rrsisd" and not any(sample.kinds[0] for sample in samples):
-        name = "RRSIS-D"  # generated scenes share the layout, but say the kind of each phrase
+    ours = any(sample.kinds[0] for sample in samples)  # generated scenes say the kind of each phrase
+    if refs and refs[0].parent.name == "rrsisd" and name not in RELATIVES and not ours:
+        name = "RRSIS-D"
     return name, root, samples
 
 

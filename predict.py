@@ -101,10 +101,10 @@ def read_list(path: Path) -> list[tuple[Path, str, str]]:
 
 def stems(images: list[Path]) -> dict[Path, str]:
     """The name that each image's results begin with; see the head of this file."""
-    images = list(dict.fromkeys(images))
-    shared = Counter(image.stem.lower() for image in images)
-    digests = {image: hashlib.sha256(os.path.abspath(image).encode()).hexdigest()[:8] for image in images}
-    return {i: i.stem[:80] + (f"-{digests[i]}" if shared[i.stem.lower()] > 1 else "") for i in images}
+    short = {image: image.stem[:80] for image in images}
+    shared = Counter(stem.lower() for stem in short.values())
+    digests = {image: hashlib.sha256(os.path.abspath(image).encode()).hexdigest()[:8] for image in short}
+    return {image: stem + (f"-{digests[image]}" if shared[stem.lower()] > 1 else "") for image, stem in short.items()}
 
 
 def slug(phrase: str) -> str:
@@ -300,6 +300,7 @@ def main() -> None:
     os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; by itself GDAL takes a twentieth of the machine's memory
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as on an interrupt, nothing half-written stays
     args = parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a phrase may hold what the terminal has no letters for
     try:
         jobs = find_jobs(args.image, args.phrase)
         model = RS2SAM2.load(args.ckpt)

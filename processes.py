@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, meet and share the work.
+"""The processes of a run: how they start and meet, in what order samples come, and who works on which.
 
 There is one a card (or several on a CPU): those that torchrun starts, on one machine or many, or that `launch` starts in
 the same way. Each finds its number, its rank, in the environment. Rank 0 alone prints and writes files.
@@ -17,6 +17,7 @@ import uuid
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -136,6 +137,27 @@ def launch(processes: int, command: list[str]) -> None:
 def share(count, part, parts):
     """Part number `part` of `parts` contiguous ones of `count` things, as a range; their sizes differ by 1 at most."""
     return range(count * part // parts, count * (part + 1) // parts)
+
+
+class Stream(torch.utils.data.Sampler):
+    """The training order as one endless stream of positions, pass after pass over the shuffled set, cut anywhere.
+
+    Position n belongs to pass n // size; the item's key is (index, pass), so its phrase and augmentation depend on
+    the seed and the key alone, not on workers, interruptions or batch boundaries.
+    """
+
+    def __init__(self, size: int, seed: int, start: int, stop: int):
+        self.size, self.seed, self.start, self.stop = size, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self):
+        for number in range(self.start // self.size, -(-self.stop // self.size)):
+            order = np.random.default_rng([self.seed, number]).permutation(self.size)
+            first = number * self.size
+            for n in range(max(self.start, first), min(self.stop, first + self.size)):
+                yield int(order[n - first]), number
 
 
 class Shares(torch.utils.data.Sampler):

@@ -27,6 +27,7 @@ from layouts import DataError
 MAX_PLAIN = 2**27  # pixels of an image that is decoded whole: 400 MB of RGB
 OVERVIEW = 2048
 NODATA = 127  # of a mask file, where the scene has no data: 0 and 255 are taken
+WORLD_FILES = (".tfw", ".jgw", ".pgw", ".j2w", ".wld")  # the place on Earth, in a text beside the image
 GEO_TAGS = (33550, 33922, 34264, 34735, 42113)  # of TIFF: scale, tie points, matrix, coordinate system, nodata
 
 
@@ -60,13 +61,18 @@ def beyond_plain(path: Path) -> str:
             frames = 1 if header.format in ("MPO", "TIFF") else getattr(header, "n_frames", 1)  # MPO: a stereo pair
             if frames > 1:
                 raise DataError(f"{path} is an animation of {frames} frames: save the one you mean as a PNG.")
+            if header.format == "JPEG2000":
+                return "is a JPEG 2000 file"
+            if any(path.with_suffix(suffix).exists() for suffix in WORLD_FILES):
+                return "has a world file beside it"
             if header.format != "TIFF":
                 return ""
             tags = header.tag_v2
             if any(tag in tags for tag in GEO_TAGS):
                 return "is a GeoTIFF"
-            bits, samples = tags.get(258, (1,)), tags.get(277, 1)
-            return "" if max(bits) <= 8 and samples <= 4 else f"is a TIFF of {samples} bands, {max(bits)} bits each"
+            bits, samples, extra = tags.get(258, (1,)), tags.get(277, 1), tags.get(338, (0,))
+            colours = samples in (1, 3) or header.mode == "CMYK" or samples == 4 and extra[0] in (1, 2)  # these are alpha
+            return "" if max(bits) <= 8 and colours else f"is a TIFF of {samples} bands, {max(bits)} bits each"
     except Image.DecompressionBombError:
         return "has more pixels than are decoded whole"
     except DataError:
@@ -117,10 +123,10 @@ def pil_pixels(image: Image.Image) -> np.ndarray:
     """A PIL image's pixels as `read_pixels` gives a file's."""
     if image.mode in ("L", "RGB", "RGBA", "F", "I") or image.mode.startswith("I;16"):
         pixels = np.asarray(image)
-    elif image.mode in ("LA", "PA") or "transparency" in image.info:
-        pixels = np.asarray(image.convert("RGBA"))
     else:
-        pixels = np.asarray(image.convert("RGB"))
+        transparent = image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info
+        image = image.convert("LA") if image.mode == "La" else image  # PIL goes on to RGBA from there alone
+        pixels = np.asarray(image.convert("RGBA" if transparent else "RGB"))
     return turned(pixels, image)
 
 
@@ -178,8 +184,9 @@ def pick_bands(bands: tuple[int, ...] | None, count: int, name: str) -> list[int
 
 
 def stretch_limits(pixels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
-    """float (2, C): the 2nd and 98th percentile of each band of (H, W, C), where `valid` (H, W)."""
+    """float (2, C): the 2nd and 98th percentile of each band of (H, W, C), where `valid` (H, W) and finite."""
     seen = pixels.reshape(-1, pixels.shape[-1]) if valid is None else pixels[valid]
+    seen = seen[np.isfinite(seen).all(axis=1)]
     return np.percentile(seen, (2, 98), axis=0) if len(seen) else np.array([[0.0], [1.0]])
 
 
@@ -225,7 +232,8 @@ class RasterFile(Scene):
         self.palette = None
         if len(set(self.bands)) == 1 and file.colorinterp[self.bands[0] - 1] == rasterio.enums.ColorInterp.palette:
             colormap = file.colormap(self.bands[0])
-            self.palette = np.array([colormap.get(i, (0, 0, 0))[:3] for i in range(256)], np.uint8)
+            size = max(256, max(colormap) + 1)
+            self.palette = np.array([colormap.get(i, (0, 0, 0))[:3] for i in range(size)], np.uint8)
         self.floats = any("float" in kind for kind in kinds)
         whole = rasterio.enums.MaskFlags.all_valid
         self.masked = self.floats or any(whole not in file.mask_flag_enums[n - 1] for n in self.bands)
@@ -263,7 +271,7 @@ class RasterFile(Scene):
     def colour(self, pixels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
         """What `load` gives -> uint8 RGB, black where it is not valid."""
         if self.palette is not None:
-            pixels = self.palette[pixels[..., 0]]
+            pixels = self.palette[np.minimum(pixels[..., 0], len(self.palette) - 1)]
         elif self.limits is not None:
             pixels = stretch(pixels, self.limits)
         return np.ascontiguousarray(pixels if valid is None else pixels * valid[..., None])

@@ -171,8 +171,8 @@ def place_objects(rng, categories, water):
     for category in sorted(categories, key=lambda c: -CATEGORIES[c][2]):  # the largest find room first
         kind, colour = str(rng.choice([*SIZES], p=(0.35, 0.25, 0.4))), str(pick(rng, palette[category]))
         length = CATEGORIES[category][2] * rng.uniform(*SIZES[kind]) * size / 128
-        # What is tall leans in the scene's one direction of view, and so does the gloss of the tanks.
-        angle = lean + rng.normal() * 6 if category in ("chimney", "storagetank") else rng.uniform(0, 360)
+        # The gloss of the tanks lies on one side in all of a scene.
+        angle = lean + rng.normal() * 6 if category == "storagetank" else rng.uniform(0, 360)
         rgb, cover = paint(SHAPES[category], COLOURS[colour], length, angle)
         h, w = cover.shape
         body = cover >= 0.5

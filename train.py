@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import CheckpointError, build, load_checkpoint, read_checkpoint, read_run, rebuild
-from data import Collate, Stream, Timed, open_dataset
+from data import Collate, Timed, open_dataset
 from evaluate import autocast, best_median_worst, compute_dtype, print_report, report, score, to_device, write_panels
 from layouts import DataError
 from losses import total_loss
 from model import RS2SAM2, compiled, count_parameters
-from processes import Shares, gather, launch, launched, process_group, rank, rank_0_first, share, world_size
+from processes import Shares, Stream, gather, launch, launched, process_group, rank, rank_0_first, share, world_size
 from recipe import RECIPES, Average, Recipe, command_line, optimizer_for, set_rates
 from runs import RunFolder, UsageError, WriteError, default_workers, free_run, pick_device, revision
 from scenes import make_scenes

@@ -168,6 +168,10 @@ CASES = {
         image(png_header(60000, 60000)),
         "$SAMPLE $IMAGE claims more than 67,108,864 pixels.",
     ),
+    "image of 16 bits": (
+        image(cv2.imencode(".png", picture().astype(np.uint16) * 16)[1].tobytes()),
+        "$SAMPLE $IMAGE has 16 bits a channel: stretch it to 8-bit RGB, all of a set alike.",
+    ),
     "image without pixels": (
         image(png_header(50, 40)),
         "$SAMPLE $IMAGE is damaged or of an unknown format.",
@@ -222,6 +226,11 @@ CASES = {
     "mask is no image": (
         both(table(LAKE), lambda root: (root / "masks/a.png").write_bytes(b"no image")),
         "Sample a.png of set (ROOT/images/a.png) is broken: ROOT/masks/a.png can't be read: not a sound image.",
+    ),
+    "mask of another shape": (
+        mask(np.zeros((50, 40), np.uint8)),
+        "Sample a.png+m.png of set (ROOT/images/a.png) is broken: ROOT/masks/m.png (40 x 50) and the image (50 x 40, unturned) "
+        "differ in shape.",
     ),
     "mask with a huge header": (
         both(table(LAKE), lambda root: (root / "masks/a.png").write_bytes(png_header(60000, 60000))),

@@ -180,6 +180,8 @@ def test_relatives_of_rrsisd(tmp_path):
     (root / "images/rrsisd/JPEGImages").rename(root / "hr/images")
     dataset = open_dataset(root, "train", **SMALL)
     assert dataset[0]["mask"].sum() == 400 and dataset.name == root.name
+    assert open_dataset(one_ref(tmp_path / "RRSIS-HR"), "train", **SMALL).name == "RRSIS-HR"
+    assert open_dataset(one_ref(tmp_path / "elsewhere"), "train", **SMALL).name == "RRSIS-D"
 
 
 def test_missing_images(tmp_path, capsys):
@@ -247,6 +249,29 @@ def test_kinds_of_mask_files(tmp_path):
     write_csv(tmp_path, [("a.png", "m.jpg", "a lake", "train")])
     save(tmp_path / "masks/m.jpg", box(value=255), quality=30)
     assert np.array_equal(open_dataset(tmp_path, "train", **SMALL)[0]["mask"], expected)
+
+
+def test_copies_of_an_image_are_one_scene(tmp_path):
+    write_lists(tmp_path, ["1 a road", "2 a roof", "3 a road"], ["1", "2", "3"])
+    save(tmp_path / "images/2.tif", picture())
+    save(tmp_path / "images/1.tif", picture())
+    save(tmp_path / "images/3.tif", picture(seed=1))
+    items = [*open_dataset(tmp_path, "train", **SMALL)]
+    assert items[0]["file"] != items[1]["file"] and items[0]["scene"] == items[1]["scene"] != items[2]["scene"]
+
+
+def test_a_jpeg_may_be_followed_by_anything(tmp_path):
+    root = one_ref(tmp_path)
+    file = root / "images/rrsisd/JPEGImages/00003.jpg"
+    jpeg = file.read_bytes()
+    expected = open_dataset(root, "train", **SMALL)[0]["image"]
+    file.write_bytes(jpeg + b"\xff\xda" + bytes(range(256)))
+    assert torch.equal(open_dataset(root, "train", **SMALL)[0]["image"], expected)
+    thumbnail = b"\xff\xe1" + (len(jpeg) + 2).to_bytes(2, "big") + jpeg  # with an end of its own
+    file.write_bytes(jpeg[:2] + thumbnail + jpeg[2:])
+    assert torch.equal(open_dataset(root, "train", **SMALL)[0]["image"], expected)
+    file.write_bytes(jpeg[:2] + thumbnail + jpeg[2:-20])
+    assert "is cut off" in message(root)
 
 
 # What the user is told of broken data is in test_broken_data.py; here of names and places.
@@ -328,10 +353,21 @@ def test_flips_keep_image_mask_and_phrase_together(tmp_path):
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("phrase", ["the plane at 2 o'clock", "turning Clockwise", "the second ship", "\u4e0a\u65b9"])
+@pytest.mark.parametrize("phrase", ["the plane at 2 o'clock", "turning Clockwise", "the second ship", "\u4e0a\u65b9",
+                                    "a ship in the NE corner", "the topleft ship", "das Schiff links oben"])
 def test_phrases_that_forbid_flips(tmp_path, phrase):
     dataset = open_dataset(quadrants(tmp_path, phrase), "train", augment="ours", **SMALL)
     assert all(dataset[0, epoch]["mask"][0, 0] == 1 and dataset[0, epoch]["phrase"] == phrase for epoch in range(10))
+
+
+@pytest.mark.parametrize("phrase, horizontal, vertical", [
+    ("the bright ship left of the upright tower", True, True), ("the lowermost basketball court", True, True),
+    ("the rightmost baseball field below flowers", True, True), ("a car under the bridge", True, False),
+    ("the ship underneath", True, False), ("the leftside ship", False, True), ("the upperleft ship", False, False),
+    ("el barco de la izquierda", False, True), ("un barco arriba", True, False),
+])  # fmt: skip
+def test_which_flips_a_phrase_allows(phrase, horizontal, vertical):
+    assert [not fixed.search(phrase) for fixed in data.FIXED] == [horizontal, vertical]
 
 
 def test_published_squares(tmp_path, monkeypatch):

@@ -189,7 +189,7 @@ def assert_same(a: dict, b: dict, steps: int) -> None:
 
 def test_shares_are_the_batch_of_one_process():
     for size, batch_size, ranks in ((23, 8, 1), (23, 8, 2), (23, 8, 3), (17, 16, 8), (5, 8, 8)):
-        stream = data.Stream(7, seed=0, start=3, stop=3 + size)
+        stream = processes.Stream(7, seed=0, start=3, stop=3 + size)
         (whole,), several = ([list(processes.Shares(stream, batch_size, r, n)) for r in range(n)] for n in (1, ranks))
         assert sum(whole, []) == list(stream) and len(whole) == len(processes.Shares(stream, batch_size))
         for step, batch in enumerate(whole):

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import pickle
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -292,6 +293,9 @@ def test_ablate_trains_scores_and_goes_on_where_it_was(call, tmp_path):
     train_again, score_again = runs.commands(out / "whole-0", "whole", 0)
     assert train_again == ["train.py", "--resume", out / "whole-0"] and score_again[0] == "evaluate.py"
     assert runs.commands(out / "sam2-0", "sam2", 0) == []
+    shutil.copytree(out / "sam2-0", out / "sam2-10")  # a seed of an earlier call
+    printed, _ = call(*flags)
+    assert "| 0, 10 |" in printed and "| 0, 10 |" in (out / "ablation.md").read_text(encoding="utf-8")
     with pytest.raises(UsageError, match="holds runs with epochs 1, this asks for 2"):
         call(*("--samples", 400, *flags[2:]))
 
@@ -394,7 +398,7 @@ def test_a_model_deaf_to_the_phrase_is_told(drawn, monkeypatch):
 
 def test_pairs_kept_apart_in_training_are_told():
     facts = [{"kind": "colour", "phrase": f"The {pair}"} for pair in ("red ship", "blue ship", "blue vehicle")]
-    rows = [{"file": str(i), "intersection": i, "union": 2, "iou": i / 2} for i in range(3)]
+    rows = [{"scene": str(i), "intersection": i, "union": 2, "iou": i / 2} for i in range(3)]
     pairs = {f"{colour} {name}" for colour in language.COLOURS for _, name, *_ in language.CATEGORIES.values()}
     table = numbers(language.by_novelty(rows, facts, pairs - {"red ship"}))
     assert table["a colour and a category, said together in training"][0].startswith("75.0 ")
@@ -416,7 +420,8 @@ def test_the_tool_runs_end_to_end(scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*common, "--data", str(scenes)])
     language.main()
     assert "phrases shuffled" in capsys.readouterr().out
-    for more, expected in ((["--figure", str(picture)], "new file"), (["--data", "nowhere"], "no folder nowhere")):
+    for more, expected in ((["--figure", str(picture)], "new file"), (["--data", "nowhere"], "no folder nowhere"),
+                           (["--figure", str(tmp_path / "none" / "f.png")], "a folder that exists")):  # fmt: skip
         monkeypatch.setattr(sys, "argv", [*common, *more])
         with pytest.raises(SystemExit):
             language.main()

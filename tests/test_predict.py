@@ -192,9 +192,11 @@ def test_names_are_unique_and_can_be_written():
         Path("a/Plane.png"),
         Path("a/ship.jpg"),
         Path("x" * 200 + ".jpg"),
+        Path("y" * 90 + "_1.png"),
+        Path("y" * 90 + "_2.png"),
     ]
     names = stems(images)
-    assert len({name.lower() for name in names.values()}) == 5 and names[images[3]] == "ship"
+    assert len({name.lower() for name in names.values()}) == 7 and names[images[3]] == "ship"
     assert names == stems(images[::-1]) and len(names[images[4]]) == 80
     assert slug("The airplane, on the RIGHT!") == "the-airplane-on-the-right"
     assert slug("../../etc") == "etc" and slug("?!") == "phrase" and slug("船の左") == "船の左"

@@ -86,6 +86,15 @@ def test_the_exif_orientation_is_obeyed(tmp_path, turn, kind):
     assert np.abs(PlainImage(pil_pixels(Image.open(path))).read_all() - expected).max() < 4
 
 
+def test_pillow_s_rarer_modes(tmp_path):
+    half = Image.fromarray(RGBA).convert("La")
+    assert PlainImage(pil_pixels(half)).read_all().shape == (40, 30, 3)
+    heights = np.linspace(0, 1, 1200, dtype=np.float32).reshape(40, 30)
+    heights[3, 4] = np.nan
+    seen = PlainImage(pil_pixels(Image.fromarray(heights))).read_all()
+    assert seen[3, 4, 0] == 0 and 120 < np.median(seen) < 135
+
+
 def test_what_is_no_image_is_said_in_one_sentence(tmp_path):
     frames = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
     jpeg = io.BytesIO()
@@ -173,6 +182,31 @@ def test_windows_of_a_geotiff(tmp_path):
         open_scene(path, (6, 1, 2))
     one = open_scene(write_tiff(tmp_path / "one.tif", bands[:1]))
     assert np.array_equal(one.read_all(), bands[[0, 0, 0]].transpose(1, 2, 0))
+
+
+def test_a_plain_image_with_a_place_on_earth_or_other_bands_than_colours(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    write_tiff(tmp_path / "a.jp2", ramps(3, 64, 64), driver="JP2OpenJPEG")
+    save(tmp_path / "a.png", RGB)
+    (tmp_path / "a.pgw").write_text("0.5\n0\n0\n-0.5\n399960.25\n5800019.75\n")
+    for scene, crs in ((open_scene(tmp_path / "a.jp2"), HERE["crs"]), (open_scene(tmp_path / "a.png"), None)):
+        assert type(scene) is RasterFile and scene.transform == rasterio.Affine(*HERE["transform"]) and scene.crs == crs
+    infrared = ramps(4)
+    infrared[3, :150] = 0  # water
+    scene = open_scene(write_tiff(tmp_path / "nir.tif", infrared, crs=None, transform=None, photometric="RGB", alpha="NO"))
+    assert np.array_equal(scene.read_all(), infrared[:3].transpose(1, 2, 0)) and scene.valid(0, 300) is None
+    grey = Image.fromarray(RGBA).convert("LA")
+    grey.putalpha(Image.fromarray(np.where(np.arange(40)[:, None] < 9, 0, np.full((40, 30), 255)).astype(np.uint8)))
+    scene = open_scene(save(tmp_path / "la.tif", grey))
+    assert not scene.valid(0, 9).any() and scene.valid(9, 31).all()
+
+
+def test_a_palette_of_sixteen_bits(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    path = write_tiff(tmp_path / "p.tif", np.full((1, 20, 20), 432, np.uint16), photometric="palette")
+    with rasterio.open(path, "r+") as file:
+        file.write_colormap(1, {432: (1, 2, 3, 255)})
+    assert (open_scene(path).read_all() == (1, 2, 3)).all()
 
 
 def test_deep_bands_are_stretched_alike_in_every_window(tmp_path):

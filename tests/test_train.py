@@ -20,8 +20,8 @@ import evaluate
 import recipe
 import runs
 import train
-from data import Stream
 from model import PRESETS, RS2SAM2
+from processes import Stream
 from scenes import make_scenes
 
 ROOT = Path(__file__).parent.parent
@@ -230,7 +230,7 @@ def test_iou_by_hand():
 def test_intervals_are_the_bootstrap_s():
     """Two images, one all right and one all wrong: a draw of two has none, one or both right, with 1/4, 1/2, 1/4."""
     def row(file, iou):
-        return {"file": file, "iou": iou, "intersection": 50 * iou, "union": 100}
+        return {"scene": file, "iou": iou, "intersection": 50 * iou, "union": 100}
 
     rows = [row("a", 1.0), row("a", 1.0), row("b", 0.0), row("b", 0.0)]
     assert evaluate.bootstrap(rows, "ours") == {"mIoU interval": [0.0, 100.0], "oIoU interval": [0.0, 50.0]}

@@ -248,11 +248,12 @@ def main() -> None:
             runs.stop()
             pool.shutdown(cancel_futures=True)
     results = {}
-    for variant, seed in sorted(wanted, key=lambda pair: list(VARIANTS).index(pair[0])):  # in the order of the table
-        if (args.out / f"{variant}-{seed}" / "scores.json").exists():
-            results.setdefault(variant, {})[seed] = read_run(args.out / f"{variant}-{seed}")
+    for variant in VARIANTS:  # in the order of the table; what earlier calls have trained belongs to it, too
+        for path in sorted(args.out.glob(f"{variant}-*/scores.json"), key=lambda path: (len(path.parts[-2]), path)):
+            if (seed := path.parent.name.removeprefix(f"{variant}-")).isdecimal():
+                results.setdefault(variant, {})[int(seed)] = read_run(path.parent)
     if results:
-        (args.out / "ablation.md").write_text(table := markdown(results, settings))
+        (args.out / "ablation.md").write_text(table := markdown(results, settings), encoding="utf-8")
         print(f"\n{table}\nwrote {args.out / 'ablation.md'}")
         try:
             plot(args.out / "ablation.png", results)

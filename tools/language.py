@@ -131,7 +131,7 @@ def rows_of(masks: list[np.ndarray], targets: list[np.ndarray], files: list[str]
     for mask, target, file in zip(masks, targets, files):
         intersection, union = iou_counts(mask, target)
         iou = float(sample_iou(intersection, union, "ours"))
-        rows.append({"file": file, "intersection": intersection, "union": union, "iou": iou})
+        rows.append({"scene": file, "intersection": intersection, "union": union, "iou": iou})
     return rows
 
 
@@ -285,6 +285,8 @@ def main() -> None:
     try:
         if args.figure and (args.data or args.figure.exists()):
             raise DataError(f"--figure {args.figure} needs a new file, and generated scenes in place of --data")
+        if args.figure and not (args.figure.suffix == ".png" and args.figure.parent.is_dir()):
+            raise DataError(f"--figure {args.figure}: give a name that ends in .png, in a folder that exists")
         model, checkpoint = load_checkpoint(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu")
         sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
         if args.data:

@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Collate, Stream, open_dataset  # noqa: E402
+from data import Collate, open_dataset  # noqa: E402
 from evaluate import iou_counts, masks_at, summarise, to_device  # noqa: E402
 from layouts import DataError  # noqa: E402
 from losses import cross_entropy, dice  # noqa: E402
 from model import PRESETS, RS2SAM2  # noqa: E402
+from processes import Stream  # noqa: E402
 from recipe import RECIPES, Average, optimizer_for, set_rates  # noqa: E402
 from runs import UsageError, WriteError, default_workers, number, pick_device, write_checkpoint  # noqa: E402
 from scenes import make_scenes  # noqa: E402
