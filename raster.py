@@ -10,7 +10,7 @@
 Plain images are decoded whole, so their size is bounded; what is larger, or says more than a plain image can (place on
 Earth, 16 bits a band, many bands, nodata), is read by rasterio, window by window. Where pixels are not 8-bit, each
 band is stretched from its 2nd to its 98th percentile, taken from a reduced picture of the scene. A pixel whose alpha is
-0 has no data. What can't be read is a DataError of one sentence.
+0, or that is NaN or infinite, has no data. What can't be read is a DataError of one sentence.
 """
 
 import contextlib
@@ -139,9 +139,11 @@ class PlainImage(Scene):
     def __init__(self, pixels: np.ndarray, bands: tuple[int, ...] | None = None, name: str = "the image"):
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         self.height, self.width, channels = pixels.shape
-        alpha = pixels[..., 3] > 0 if channels == 4 else None
-        self.mask = None if alpha is None or alpha.all() else alpha
         colours = pixels[..., pick_bands(bands, min(channels, 3), name)]
+        valid = pixels[..., 3] > 0 if channels == 4 else np.ones((self.height, self.width), bool)
+        if colours.dtype.kind == "f":
+            valid &= np.isfinite(colours).all(axis=2)
+        self.mask = None if valid.all() else valid
         if colours.dtype != np.uint8:
             step = max(1, max(self.height, self.width) // OVERVIEW)
             seen = None if self.mask is None else self.mask[::step, ::step]
@@ -184,9 +186,8 @@ def pick_bands(bands: tuple[int, ...] | None, count: int, name: str) -> list[int
 
 
 def stretch_limits(pixels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
-    """float (2, C): the 2nd and 98th percentile of each band of (H, W, C), where `valid` (H, W) and finite."""
+    """float (2, C): the 2nd and 98th percentile of each band of (H, W, C), where `valid` (H, W)."""
     seen = pixels.reshape(-1, pixels.shape[-1]) if valid is None else pixels[valid]
-    seen = seen[np.isfinite(seen).all(axis=1)]
     return np.percentile(seen, (2, 98), axis=0) if len(seen) else np.array([[0.0], [1.0]])
 
 
@@ -232,8 +233,8 @@ class RasterFile(Scene):
         self.palette = None
         if len(set(self.bands)) == 1 and file.colorinterp[self.bands[0] - 1] == rasterio.enums.ColorInterp.palette:
             colormap = file.colormap(self.bands[0])
-            size = max(256, max(colormap) + 1)
-            self.palette = np.array([colormap.get(i, (0, 0, 0))[:3] for i in range(size)], np.uint8)
+            # black where it names no colour, and so at its end, which stands for all beyond
+            self.palette = np.array([colormap.get(i, (0, 0, 0))[:3] for i in range(max(colormap) + 2)], np.uint8)
         self.floats = any("float" in kind for kind in kinds)
         whole = rasterio.enums.MaskFlags.all_valid
         self.masked = self.floats or any(whole not in file.mask_flag_enums[n - 1] for n in self.bands)
@@ -271,7 +272,7 @@ class RasterFile(Scene):
     def colour(self, pixels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
         """What `load` gives -> uint8 RGB, black where it is not valid."""
         if self.palette is not None:
-            pixels = self.palette[np.minimum(pixels[..., 0], len(self.palette) - 1)]
+            pixels = self.palette.take(pixels[..., 0], axis=0, mode="clip")
         elif self.limits is not None:
             pixels = stretch(pixels, self.limits)
         return np.ascontiguousarray(pixels if valid is None else pixels * valid[..., None])

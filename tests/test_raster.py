@@ -91,8 +91,10 @@ def test_pillow_s_rarer_modes(tmp_path):
     assert PlainImage(pil_pixels(half)).read_all().shape == (40, 30, 3)
     heights = np.linspace(0, 1, 1200, dtype=np.float32).reshape(40, 30)
     heights[3, 4] = np.nan
-    seen = PlainImage(pil_pixels(Image.fromarray(heights))).read_all()
+    scene = PlainImage(pil_pixels(Image.fromarray(heights)))
+    seen = scene.read_all()
     assert seen[3, 4, 0] == 0 and 120 < np.median(seen) < 135
+    assert np.array_equal(scene.valid(0, 40), np.isfinite(heights))  # as a RasterFile has it
 
 
 def test_what_is_no_image_is_said_in_one_sentence(tmp_path):
@@ -206,7 +208,11 @@ def test_a_palette_of_sixteen_bits(tmp_path):
     path = write_tiff(tmp_path / "p.tif", np.full((1, 20, 20), 432, np.uint16), photometric="palette")
     with rasterio.open(path, "r+") as file:
         file.write_colormap(1, {432: (1, 2, 3, 255)})
-    assert (open_scene(path).read_all() == (1, 2, 3)).all()
+    scene = open_scene(path)
+    assert (scene.read_all() == (1, 2, 3)).all()
+    scene.palette = scene.palette[:432]  # as of a file whose palette ends before its pixels' values
+    scene.palette[-1] = 0
+    assert (scene.read_all() == 0).all()
 
 
 def test_deep_bands_are_stretched_alike_in_every_window(tmp_path):
