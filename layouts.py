@@ -236,9 +236,9 @@ def read_csv(path):
 def read_samples(data):
     """(name, root, samples of all splits) of a data set given by its name, a folder of ./data, or by its folder's path."""
     root, named = Path(data), Path("data", data)
-    if data in NAMES or root.parent == Path() and named.is_dir() and not root.is_dir():
-        root = named
     try:
+        if data in NAMES or root.parent == Path() and named.is_dir() and not root.is_dir():
+            root = named
         if not root.is_dir():
             remedy = "put the data set there" if data in NAMES else f"give a folder or one of {', '.join(NAMES)}"
             raise DataError(f"There is no folder {root}: {remedy}.{LAYOUTS}")

@@ -108,6 +108,8 @@ def link_best(best: Path, link: Path = Path("best.pt")) -> None:
         part.symlink_to(os.path.relpath(best, link.parent))
         os.replace(part, link)
     except OSError as error:  # a file system without links, or a folder of somebody else's: no reason to end a run
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         print(f"{link} can't be linked here ({error.strerror or error}); this run's best is {best}")
 
 

@@ -282,6 +282,7 @@ def test_unknown_data(tmp_path, monkeypatch):
     assert "RefSegRS" in message("RRSISD") and "rrsisd/refs(unc).p" in message("RRSISD")
     assert os.path.join("data", "RRSIS-D") in message("RRSIS-D")
     (tmp_path / "data/other").mkdir(parents=True)
+    assert "can't be read" in message("x" * 300)  # longer than a name may be
     assert os.path.join("data", "other") + " holds nothing" in message("other")
     (tmp_path / "folder").mkdir()
     (tmp_path / "data/folder").mkdir()  # the nearer one is meant
