@@ -249,8 +249,8 @@ def main() -> None:
             pool.shutdown(cancel_futures=True)
     results = {}
     for variant in VARIANTS:  # in the order of the table; what earlier calls have trained belongs to it, too
-        for path in sorted(args.out.glob(f"{variant}-*/scores.json"), key=lambda path: (len(path.parts[-2]), path)):
-            if (seed := path.parent.name.removeprefix(f"{variant}-")).isdecimal():
+        for path in sorted(args.out.glob(f"{variant}-*/scores.json")):
+            if (seed := path.parent.name.removeprefix(f"{variant}-")).isdecimal():  # 'sam2-*' finds 'sam2-boundary-0', too
                 results.setdefault(variant, {})[int(seed)] = read_run(path.parent)
     if results:
         (args.out / "ablation.md").write_text(table := markdown(results, settings), encoding="utf-8")

@@ -127,10 +127,9 @@ def sam2_state(model: RS2SAM2) -> dict[str, Tensor]:
     return state
 
 
-def batches(data: str, split: str, model: RS2SAM2, samples: int | None, seed: int, batch_size: int):
+def batches(dataset, model: RS2SAM2, samples: int | None, seed: int, batch_size: int):
     """Batches of so many samples in all, of one pass for None, on the model's device."""
     device = next(model.parameters()).device
-    dataset = open_dataset(data, split, one_phrase=True, seed=seed)
     dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
     loader = DataLoader(dataset, batch_size, sampler=Stream(len(dataset), seed, 0, samples or len(dataset)),
                         num_workers=default_workers(), collate_fn=Collate(model.union_encoder.tokenizer))  # fmt: skip
@@ -138,14 +137,14 @@ def batches(data: str, split: str, model: RS2SAM2, samples: int | None, seed: in
         yield to_device(batch, device)
 
 
-def train(model: RS2SAM2, data: str, samples: int, seed: int) -> None:
+def train(model: RS2SAM2, dataset, samples: int, seed: int) -> None:
     """By the recipe of `tiny`; the averaged weights remain."""
     recipe = RECIPES["tiny"]
     optimizer, average = optimizer_for(model, recipe, recipe.lr), Average(model, recipe.ema)
     rng, done = np.random.default_rng(seed), 0
     model.train()
     with tqdm(total=samples, unit="img", disable=None) as bar:
-        for batch in batches(data, "train", model, samples, seed, recipe.batch_size):
+        for batch in batches(dataset, model, samples, seed, recipe.batch_size):
             set_rates(optimizer, recipe.schedule, done / samples, epoch=0)
             answers = both_answers(model, batch, rng)
             total = sum(loss(logits, batch["target"]) for logits in answers) / len(answers)
@@ -161,11 +160,11 @@ def train(model: RS2SAM2, data: str, samples: int, seed: int) -> None:
 
 
 @torch.inference_mode()
-def validate(model: RS2SAM2, data: str, seed: int) -> list[float]:
-    """mIoU in per cent of the first answers, and of the corrected ones, on the validation split."""
+def validate(model: RS2SAM2, dataset, seed: int) -> list[float]:
+    """mIoU in per cent of the first answers, and of the corrected ones."""
     rng, found = np.random.default_rng(seed), ([], [])
     model.eval()
-    for batch in batches(data, "val", model, None, seed, batch_size=8):
+    for batch in batches(dataset, model, None, seed, batch_size=8):
         for logits, counts in zip(both_answers(model, batch, rng), found):
             for one, mask in zip(logits.split(1), batch["mask"]):
                 counts.append(iou_counts(masks_at(one, mask.shape), mask.numpy()))
@@ -188,14 +187,14 @@ def main() -> None:
             print(f"generating scenes under {SCENES} (once, a minute or two)", flush=True)
             make_scenes(SCENES, test=0, seed=1)
         data = args.data or str(SCENES)
-        open_dataset(data, "val")  # what may be wrong with it is said before the training
+        sets = [open_dataset(data, split, one_phrase=True, seed=args.seed) for split in ("train", "val")]
         torch.manual_seed(args.seed)
         model, start = bare_sam2().to(pick_device(None)), time.perf_counter()
-        train(model, data, args.samples, args.seed)
+        train(model, sets[0], args.samples, args.seed)
         minutes = (time.perf_counter() - start) / 60
         write_checkpoint(args.out, {"model": sam2_state(model)})
         print(f"{args.samples:,} samples in {minutes:.1f} minutes; wrote {args.out}", flush=True)
-        first, corrected = validate(model, data, args.seed)
+        first, corrected = validate(model, sets[1], args.seed)
         print(f"validation mIoU {first:.2f} of a click or box, {corrected:.2f} corrected once")
     except (UsageError, DataError, WriteError, OSError) as error:
         print(f"pretrain.py: {error}", file=sys.stderr)
