@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion import CrossAttention
-from weights import WeightsError
+from presets import Preset
+from runtime.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -69,7 +70,7 @@ class JointLayer(nn.Module):
 class OpenCLIPEncoder(nn.Module):
     """A CLIP of open_clip whose two towers are joined, after their own layers, by `joint_layers` transformer layers.
 
-    `clip` is a model of class `open_clip.CLIP` with a ViT tower (see `weights.open_clip_model`); only what the forward
+    `clip` is a model of class `open_clip.CLIP` with a ViT tower (see `open_clip_model`); only what the forward
     pass uses is kept of it (not the contrastive projections and the temperature). The text tower is causal, as CLIP's
     is, so padding on the right changes nothing before it. Without `train_tokens` the words keep the vectors they have.
     """
@@ -143,7 +144,7 @@ class BEiT3Tokenizer:
         try:
             self.pieces = SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise WeightsError("BEiT-3's tokeniser file is no SentencePiece model: get beit3.spm again") from error
+            raise UserError("BEiT-3's tokeniser file is no SentencePiece model: get beit3.spm again") from error
 
     def length(self, phrase: str) -> int:
         """Tokens of the whole phrase, <s> and </s> included, before it is cut."""
@@ -276,3 +277,50 @@ class BEiT3Encoder(nn.Module):
             x = layer(x, split, mask)  # (B, N, W)
         x = self.encoder.layer_norm(x, split)  # (B, N, W)
         return x.tensor_split((1, split), dim=1)  # (B, 1, W), (B, P, W), (B, L, W)
+
+
+def build_union_encoder(preset: Preset) -> nn.Module:
+    """The preset's union encoder with random weights; BEiT-3's has no tokeniser yet."""
+    if preset.encoder == "beit3":
+        return BEiT3Encoder(**preset.encoder_args)
+    clip = open_clip_model(preset.encoder_name, preset.encoder_tag, preset.encoder_size)
+    # Words that start almost alike (open_clip's 0.02) are not told apart for thousands of samples.
+    nn.init.normal_(clip.token_embedding.weight, std=0.5)
+    nn.init.normal_(clip.positional_embedding, std=0.1)
+    return OpenCLIPEncoder(clip, **preset.encoder_args)
+
+
+def open_clip_model(model: str | dict, tag: str | None = None, image_size: int | None = None) -> nn.Module:
+    """A CLIP of open_clip with random weights: by name, or from a dict of open_clip.CLIP's own arguments.
+
+    image_size: side of its images, a multiple of its patches, instead of the one it was trained with.
+    The pretrained tag decides image normalisation and activation (OpenAI's weights use QuickGELU). Only names whose towers
+    are open_clip's own ViT and text transformer with its byte-pair tokeniser are accepted (about 32); UserError else.
+    """
+    config = dict(model) if isinstance(model, dict) else open_clip_config(model)
+    vision = config["vision_cfg"]
+    if image_size and image_size % (patch := vision["patch_size"]):
+        name = "the preset's encoder" if isinstance(model, dict) else model
+        raise UserError(f"union encoder at {image_size} pixels: {name} needs a multiple of its patches of {patch}")
+    pretrained = open_clip.get_pretrained_cfg(model, tag) if tag else {}
+    config["quick_gelu"] = pretrained.get("quick_gelu", config.get("quick_gelu", False))
+    clip = open_clip.CLIP(**config | {"vision_cfg": vision | {"image_size": image_size or vision["image_size"]}})
+    if "mean" in pretrained:
+        clip.visual.preprocess_cfg = {"mean": pretrained["mean"], "std": pretrained["std"]}
+    return clip
+
+
+def open_clip_config(model: str) -> dict:
+    """The arguments of open_clip.CLIP for the name of a plain model; UserError for other names."""
+    config = open_clip.get_model_config(model)
+    if config is None:
+        listing = "python -c 'import open_clip; print(open_clip.list_models())'"
+        raise UserError(f"open_clip has no model {model!r}: `{listing}`")
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    others = config.get("custom_text") or {"hf_model_name", "hf_tokenizer_name"} & text.keys()
+    if others or "timm_model_name" in vision or not isinstance(vision.get("layers"), int):
+        raise UserError(
+            f"open_clip's {model} is not made of its own ViT and text transformer with the byte-pair tokeniser: choose a "
+            f"plain one such as ViT-B-32, ViT-B-16 or ViT-L-14"
+        )
+    return config

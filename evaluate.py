@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import CheckpointError, load_checkpoint
+from checkpoints import UserError, load_checkpoint
 from data import Collate, open_dataset
-from layouts import DataError, NoSamples
+from layouts import UserError, UserError
 from model import count_parameters
 from processes import gather, process_group, rank, rank_0_first, world_size
-from runs import UsageError, WriteError, default_workers, free_path, pick_device, write_whole
+from runs import UserError, UserError, default_workers, free_path, pick_device, write_whole
 from stopping import leave_signals, one_sentence
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -251,14 +251,14 @@ def main() -> None:
     add("--panels", type=int, default=0, metavar="N", help="write pictures of N best, median and worst cases")
     add("--skip-missing", action="store_true", help="leave out samples whose files are missing")
     args = parser.parse_args()
-    with one_sentence("evaluate.py", (UsageError, DataError, CheckpointError), (WriteError,)), process_group():
+    with one_sentence("evaluate.py", (UserError, UserError, UserError), (UserError,)), process_group():
         evaluate(args)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """What the command line asks for: scores on the screen, and in files where wanted."""
     if args.json and (args.json.exists() or not args.json.parent.is_dir()):
-        raise DataError(f"{args.json} exists or has no folder: name another file, nothing is overwritten")
+        raise UserError(f"{args.json} exists or has no folder: name another file, nothing is overwritten")
     with rank_0_first():
         model, checkpoint = load_checkpoint(args.ckpt, pick_device(None))
         data, dataset = open_for(model, checkpoint, args, skip_missing=args.skip_missing)
@@ -284,10 +284,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def open_for(model, checkpoint: dict, args: argparse.Namespace, **options):
-    """(name, data set) of --data and --split as the model takes it; without --data, the one it was trained on. DataError."""
+    """(name, data set) of --data and --split as the model takes it; without --data, the one it was trained on. UserError."""
     data = args.data or checkpoint["data"]
     if data is None:
-        raise DataError(f"{args.ckpt} holds published weights, which name no data set: give it with --data")
+        raise UserError(f"{args.ckpt} holds published weights, which name no data set: give it with --data")
     sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
     return data, open_split(data, args.split, **sizes, **options)
 
@@ -298,7 +298,7 @@ def open_split(data: str, split: str | None, **options):
         return open_dataset(data, split, **options)
     try:
         return open_dataset(data, "test", **options)
-    except NoSamples:
+    except UserError:
         return open_dataset(data, "val", **options)
 
 

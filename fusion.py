@@ -9,10 +9,11 @@ this project. To put the module into your own SAM 2:
 
 Letters: B batch, H W height and width of a feature map, D its channels, h hidden width of an adapter, L text
 tokens, C width of the text (and of the decoder). Masks: True = a real token, False = padding.
-Source: "RS2-SAM 2: Customized SAM 2 for Referring Remote Sensing Image Segmentation".
+Source: "RS2-SAM 2: Customized SAM 2 for Referring Remote Sensing Image Segmentation" (AAAI 2026).
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,11 +24,39 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def sincos_2d(height: int, width: int, dim: int, like: Tensor) -> Tensor:
-    """Sine-cosine encoding of the cell centres of a height x width grid, (1, height*width, dim), row-major.
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers by which one architecture of the method differs from another. The defaults are the published network's.
 
-    Coordinates run over (0, 1) whatever the grid, so the encoding of a place does not depend on the resolution;
-    dim must be a multiple of 4 (sine and cosine of x and of y), frequencies go from half a turn to 16 turns.
+    text_kept, text_added: an adapter returns text_kept * text + text_added * (what the text read in the image). The
+        published 0.8 and 0.2 leave 0.8^47 = 3e-5 of the phrase in the last block of Hiera-L; 1 and 1 are a residual connection.
+    residual: the two products, of the class token and of the decoder's embedding, multiply by residual + (what was read).
+        The published 0 starts training from an embedding that is all but erased; 1 starts from the embedding itself.
+    positions: sine-cosine position codes are added to the image tokens of every adapter, to the queries of the decoder's
+        fusion and to the visual tokens of the mask prompt generator.
+    zero_start: the output layers of the adapters start at zero, so the first step sees SAM 2's image encoder unchanged.
+    sparse_tokens: how many prompt tokens are made of the class token.
+    pseudo_mask_as_logits: the pseudo-mask enters SAM 2's mask path as logits, for which that path was trained. The
+        published network gives it probabilities.
+    """
+
+    text_kept: float = 0.8
+    text_added: float = 0.2
+    residual: float = 0.0
+    positions: bool = False
+    zero_start: bool = False
+    sparse_tokens: int = 1
+    pseudo_mask_as_logits: bool = False
+
+
+PUBLISHED = Architecture()
+
+
+def sincos_2d(height: int, width: int, dim: int, like: Tensor) -> Tensor:
+    """Sine-cosine encoding of the cell centres of a height x width grid, (1, height, width, dim), in `like`'s dtype and device.
+
+    Coordinates run over (0, 1) whatever the grid, so the encoding of a point does not depend on the resolution.
+    `dim` must be a multiple of 4 (sine and cosine of x and of y), else ValueError; frequencies go from half a turn to 16 turns.
     """
     if dim % 4:
         raise ValueError(f"a 2-D sine-cosine encoding needs a multiple of 4 channels, got {dim}")
@@ -38,7 +67,19 @@ def sincos_2d(height: int, width: int, dim: int, like: Tensor) -> Tensor:
     y = (y[:, None] * frequency)[:, None].expand(height, width, n)  # (H, W, n)
     x = (x[:, None] * frequency)[None].expand(height, width, n)  # (H, W, n)
     code = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)  # (H, W, dim)
-    return code.reshape(1, height * width, dim).to(like.dtype)
+    return code[None].to(like.dtype)
+
+
+class PositionCode(nn.Module):
+    """Adds `sincos_2d` to a grid of tokens. (B, H, W, dim) -> (B, H, W, dim)."""
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return grid + sincos_2d(*grid.shape[1:], like=grid)  # (B, H, W, dim)
+
+
+def position_code(architecture: Architecture) -> nn.Module:
+    """The architecture's position code: a PositionCode, or nn.Identity where it has none."""
+    return PositionCode() if architecture.positions else nn.Identity()
 
 
 class CrossAttention(nn.Module):
@@ -71,86 +112,83 @@ class CrossAttention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, Nq, dim)
 
 
-def output_layer(hidden: int, dim: int, zero: bool) -> nn.Linear:
-    """The last layer of an adapter; `zero`: what it is added to starts as it was."""
+def output_layer(hidden: int, dim: int, zero_start: bool) -> nn.Linear:
+    """The last layer of an adapter, Linear hidden -> dim; with `zero_start` its weights and biases are zero."""
     layer = nn.Linear(hidden, dim)
-    if zero:
+    if zero_start:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     return layer
 
 
 class Bottleneck(nn.Module):
-    """Linear D -> h, GELU, Linear h -> D, without skip: the adapter beside a block's MLP. (..., D) -> (..., D).
+    """The adapter beside a block's MLP: Linear D -> h, GELU, Linear h -> D, without residual connection. (..., D) -> (..., D)."""
 
-    `residual`: it starts by adding nothing."""
-
-    def __init__(self, dim: int, hidden: int, residual=False):
+    def __init__(self, dim: int, hidden: int, architecture: Architecture = PUBLISHED):
         super().__init__()
         self.down = nn.Linear(dim, hidden)
-        self.up = output_layer(hidden, dim, zero=residual)
+        self.up = output_layer(hidden, dim, architecture.zero_start)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(F.gelu(self.down(x)))  # (..., D)
 
 
-class BidirectionalAdapter(nn.Module):
-    """One fusion layer: vision attends to text, then text to the vision just rewritten.
+class TextToVisionAdapter(nn.Module):
+    """A fusion layer in one direction: vision attends to text. The last block has it, since nothing reads its text.
 
-    Args of forward: x (B, H, W, D), text (B, L, C), text_mask (B, L) bool or None.
-    Returns (x', text') of the same shapes; text' is `text` itself where `rewrite_text` is off (the last block, whose
-    rewritten text nobody reads).
-
-    `positions` adds sine-cosine codes of the place to the vision tokens (architecture `ours`: without them words such as
-    "upper left" have nothing to hold on to in a shallow trunk). The published layer lets vision attend to padded text
-    when phrases of unequal length share a batch; here text_mask keeps a batch equal to its samples taken alone.
-    The published layer keeps 0.8 of the text it rewrites, so that little of the phrase reaches the late blocks (0.8^47 is
-    3e-5 of it in Hiera-L); `residual` (architecture `ours`) adds to the text instead, and both ways start by adding nothing.
+    x (B, H, W, D), text (B, L, C), text_mask (B, L) bool or None -> (x', text), x' of x's shape.
+    The published layer attends to padded text when phrases of unequal length share a batch; the mask keeps a batch equal
+    to its samples taken alone.
     """
 
-    def __init__(
-        self, dim: int, text_dim: int, hidden: int, heads: int = 4, rewrite_text=True, positions=False, residual=False
-    ):
+    def __init__(self, dim: int, text_dim: int, hidden: int, heads: int = 4, architecture: Architecture = PUBLISHED):
         super().__init__()
-        self.positions, self.rewrite_text, self.residual = positions, rewrite_text, residual
         self.down = nn.Linear(dim, hidden)
-        self.up = output_layer(hidden, dim, zero=residual)
+        self.up = output_layer(hidden, dim, architecture.zero_start)
         self.text_down = nn.Linear(text_dim, hidden)
         self.vision_reads_text = CrossAttention(hidden, heads)
-        if rewrite_text:
-            self.text_reads_vision = CrossAttention(hidden, heads)
-            self.text_up = output_layer(hidden, text_dim, zero=residual)
+        self.positions = position_code(architecture)
+
+    def read_text(self, x: Tensor, text: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Vision tokens (B, HW, h) that have attended to the text, and the text tokens (B, L, h) they attended to."""
+        a = self.positions(F.gelu(self.down(x))).flatten(1, 2)  # (B, HW, h)
+        u = self.text_down(text)  # (B, L, h)
+        return a + self.vision_reads_text(a, u, text_mask), u  # (B, HW, h), (B, L, h)  text -> vision
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        B, H, W, D = x.shape
-        a = F.gelu(self.down(x)).flatten(1, 2)  # (B, HW, h)
-        if self.positions:
-            a = a + sincos_2d(H, W, a.shape[-1], like=a)  # (B, HW, h)
-        u = self.text_down(text)  # (B, L, h)
-        a = a + self.vision_reads_text(a, u, text_mask)  # (B, HW, h)  text -> vision
-        if self.rewrite_text:
-            u = u + self.text_reads_vision(u, a)  # (B, L, h)  vision -> text
-            new = self.text_up(u)  # (B, L, C)
-            text = text + new if self.residual else 0.8 * text + 0.2 * new  # (B, L, C)
-        return x + self.up(a).unflatten(1, (H, W)), text  # (B, H, W, D), (B, L, C)
+        a, _ = self.read_text(x, text, text_mask)  # (B, HW, h)
+        return x + self.up(a).unflatten(1, x.shape[1:3]), text  # (B, H, W, D), (B, L, C)
+
+
+class BidirectionalAdapter(TextToVisionAdapter):
+    """A fusion layer: vision attends to text, then text to the vision just rewritten.
+
+    x (B, H, W, D), text (B, L, C), text_mask (B, L) bool or None -> (x', text') of the same shapes.
+    """
+
+    def __init__(self, dim: int, text_dim: int, hidden: int, heads: int = 4, architecture: Architecture = PUBLISHED):
+        super().__init__(dim, text_dim, hidden, heads, architecture)
+        self.text_kept, self.text_added = architecture.text_kept, architecture.text_added
+        self.text_reads_vision = CrossAttention(hidden, heads)
+        self.text_up = output_layer(hidden, text_dim, architecture.zero_start)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        a, u = self.read_text(x, text, text_mask)  # (B, HW, h), (B, L, h)
+        u = u + self.text_reads_vision(u, a)  # (B, L, h)  vision -> text
+        text = self.text_kept * text + self.text_added * self.text_up(u)  # (B, L, C)
+        return x + self.up(a).unflatten(1, x.shape[1:3]), text  # (B, H, W, D), (B, L, C)
 
 
 class FusedBlock(nn.Module):
     """A block of SAM 2's Hiera with its two adapters: forward restates the block's forward over the block's own children.
 
-    The bidirectional adapter acts on the attention branch before the residual sum, the bottleneck beside the MLP.
+    The space adapter acts on the attention branch before the residual sum, the bottleneck beside the MLP.
     x (B, H, W, D_in), text (B, L, C) -> (B, H', W', D_out), (B, L, C); H' = H/2 in a pooling block.
     """
 
-    def __init__(
-        self, block: MultiScaleBlock, text_dim: int, hidden: int, rewrite_text=True, positions=False, residual=False
-    ):
+    def __init__(self, block: MultiScaleBlock, space_adapter: nn.Module, mlp_adapter: nn.Module):
         super().__init__()
-        self.block = block
-        self.space_adapter = BidirectionalAdapter(
-            block.dim_out, text_dim, hidden, rewrite_text=rewrite_text, positions=positions, residual=residual
-        )
-        self.mlp_adapter = Bottleneck(block.dim_out, hidden, residual)
+        self.block, self.space_adapter, self.mlp_adapter = block, space_adapter, mlp_adapter
 
     def attend(self, x: Tensor, out_hw: tuple[int, int]) -> Tensor:
         """The block's (windowed, pooling) attention on normalised x (B, H, W, D_in) -> (B, *out_hw, D_out)."""
@@ -174,48 +212,32 @@ class FusedBlock(nn.Module):
         return x + block.mlp(normed) + 0.5 * self.mlp_adapter(normed), text  # (B, H', W', D_out), (B, L, C)
 
 
-class PlainBlock(nn.Module):
-    """A block of SAM 2's Hiera as it is, in the place of a FusedBlock: for a trunk without the fusion."""
-
-    def __init__(self, block: MultiScaleBlock):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.block(x), text  # (B, H', W', D_out), (B, L, C)
-
-
 class FusedHiera(nn.Module):
     """SAM 2's Hiera trunk with a fusion layer in every block.
 
-    `trunk` is taken over: its blocks are wrapped in place, its own parameters keep their requires_grad.
-    The adapters' hidden width is D / `reduction`. `residual` (architecture `ours`) adds to the text what the published form
-    blends into it, and starts the adapters' output layers at zero, so that the first step sees the trunk as it was. For
-    ablations: `fuse` off leaves out all adapters, `rewrite_text` off the direction from vision to text. Where
-    `checkpoint_activations` is set, training keeps no more than each block's input and computes the rest again in the
-    backward pass: less memory, a forward pass more of the trunk.
+    `trunk` is taken over: its blocks are wrapped in place, its own parameters keep their requires_grad. The adapters'
+    hidden width is D / `reduction`. Where `checkpoint_activations` is set, training keeps only each block's input and
+    computes the rest again in the backward pass: less memory for one more forward pass of the trunk.
     forward: image (B, 3, H, W) float, text (B, L, C), text_mask (B, L) bool or None -> stage outputs, finest first,
     [(B, D_s, H/4 / 2^s, W/4 / 2^s)].
     """
 
-    def __init__(
-        self, trunk: Hiera, text_dim: int, reduction: int = 4, positions=False, residual=False, fuse=True, rewrite_text=True
-    ):
+    def __init__(self, trunk: Hiera, text_dim: int, reduction: int = 4, architecture: Architecture = PUBLISHED):
         super().__init__()
-        last = len(trunk.blocks) - 1
-        trunk.blocks = nn.ModuleList(
-            FusedBlock(b, text_dim, b.dim_out // reduction, rewrite_text and i < last, positions, residual)
-            if fuse
-            else PlainBlock(b)
-            for i, b in enumerate(trunk.blocks)
-        )
+        last, blocks = len(trunk.blocks) - 1, []
+        for i, block in enumerate(trunk.blocks):
+            adapter = BidirectionalAdapter if i < last else TextToVisionAdapter
+            dim, hidden = block.dim_out, block.dim_out // reduction
+            space_adapter = adapter(dim, text_dim, hidden, architecture=architecture)
+            blocks.append(FusedBlock(block, space_adapter, Bottleneck(dim, hidden, architecture)))
+        trunk.blocks = nn.ModuleList(blocks)
         self.trunk = trunk
         self.checkpoint_activations = False
 
     def adapters(self) -> list[nn.Module]:
-        """The modules this class added to the trunk."""
-        fused = [b for b in self.trunk.blocks if isinstance(b, FusedBlock)]
-        return [m for b in fused for m in (b.space_adapter, b.mlp_adapter)]
+        """The modules that this class added to the trunk."""
+        fused = [block for block in self.trunk.blocks if isinstance(block, FusedBlock)]
+        return [adapter for block in fused for adapter in (block.space_adapter, block.mlp_adapter)]
 
     def forward(self, image: Tensor, text: Tensor, text_mask: Tensor | None = None) -> list[Tensor]:
         x = self.trunk.patch_embed(image)  # (B, H/4, W/4, D_0)
@@ -231,23 +253,19 @@ class FusedHiera(nn.Module):
 
 
 class DecoderFusion(nn.Module):
-    """The last fusion, before the mask decoder: the image embedding times what each of its places reads in the text.
+    """The last fusion, before the mask decoder: the image embedding times what each of its cells reads in the text.
 
-    The published product has no residual, so training starts from an embedding that is all but erased; `residual` (in
-    architecture `ours`) multiplies by 1 + what is read. embedding (B, C, H, W), place (1, C, H, W) SAM 2's dense position
-    encoding, text (B, L, C) as the union encoder gave it, text_mask (B, L) bool or None -> (B, C, H, W).
+    embedding (B, C, H, W), dense_pe (1, C, H, W) SAM 2's dense position encoding, text (B, L, C) as the union encoder gave
+    it, text_mask (B, L) bool or None -> (B, C, H, W).
     """
 
-    def __init__(self, dim: int, heads: int = 8, positions: bool = False, residual: bool = False):
+    def __init__(self, dim: int, heads: int = 8, architecture: Architecture = PUBLISHED):
         super().__init__()
-        self.positions, self.residual = positions, residual
         self.attention = CrossAttention(dim, heads)
+        self.positions, self.residual = position_code(architecture), architecture.residual
 
-    def forward(self, embedding: Tensor, place: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
-        _, C, H, W = embedding.shape
-        query = (embedding + place).flatten(2).transpose(1, 2)  # (B, HW, C)
-        if self.positions:
-            query = query + sincos_2d(H, W, C, like=query)  # (B, HW, C)
+    def forward(self, embedding: Tensor, dense_pe: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
+        H, W = embedding.shape[-2:]
+        query = self.positions((embedding + dense_pe).permute(0, 2, 3, 1)).flatten(1, 2)  # (B, HW, C)
         read = self.attention(query, text, text_mask)  # (B, HW, C)
-        factor = 1 + read if self.residual else read  # (B, HW, C)
-        return embedding * factor.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
+        return embedding * (self.residual + read).transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)

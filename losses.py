@@ -1,5 +1,8 @@
 """The training loss: cross-entropy + Dice + the text-guided boundary loss (+ an optional one on the pseudo-mask).
 
+This file stands alone. `total_loss(output, target, {"cross_entropy": 1.0, "dice": 0.1, "boundary": 0.2})` is the paper's
+loss; the names are those of TERMS.
+
 Everything takes one logit z a pixel. The published model puts out two channels (1 - p, p), whose soft-max is
 sigmoid(2p - 1); our z is that 2p - 1: the same probability, and z > 0 the same decision as arg-max.
 
@@ -56,12 +59,12 @@ def boundary(z: Tensor, target: Tensor, log_weight: Tensor) -> Tensor:
 
 
 def published_boundary(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The boundary loss as released, for comparisons: mean (G(m) w - G(y) w)^2 with m = [p > 0], that is [z > -1].
+    """The boundary loss as released: mean (G(m) w - G(y) w)^2 with m = [p > 0], that is [z > -1].
 
-    weight broadcasts over (B, H, W), any sign. No gradient reaches z; w alone is trained, towards 0.
+    weight (B,), of any sign. No gradient reaches z; w alone is trained, towards 0.
     """
     difference = edges((z > -1).to(z.dtype)) - edges(target.to(z.dtype))  # (B, H, W)
-    return (difference * weight).square().mean((1, 2))  # (B,)
+    return (difference * weight[:, None, None]).square().mean((1, 2))  # (B,)
 
 
 def pseudo_mask_loss(pseudo: Tensor, target: Tensor) -> Tensor:
@@ -70,26 +73,24 @@ def pseudo_mask_loss(pseudo: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(pseudo, share, reduction="none").mean((1, 2, 3))  # (B,)
 
 
-def total_loss(
-    output, target: Tensor, ce=1.0, dice_weight=0.1, boundary_weight=0.2, pseudo=0.0, soft_edges=True
-) -> dict[str, Tensor]:
-    """The weighted sum over a batch and its terms, each a scalar: {"loss", "ce", "dice", "boundary"[, "pseudo"]}.
+# name -> term(z (B, H, W), target (B, H, W), output) -> (B,); output has `pseudo_mask` and `text_weight`, see model.Output.
+TERMS = {
+    "cross_entropy": lambda z, target, output: cross_entropy(z, target),
+    "dice": lambda z, target, output: dice(z, target),
+    "boundary": lambda z, target, output: boundary(z, target, output.text_weight.to(z.dtype)),
+    "published_boundary": lambda z, target, output: published_boundary(z, target, output.text_weight.to(z.dtype)),
+    "pseudo_mask": lambda z, target, output: pseudo_mask_loss(output.pseudo_mask.to(z.dtype), target),
+}
 
-    output is a `model.Output`, target (B, H, W) of 0 and 1; the logits are brought to the target's size (bilinear) and
-    to float32 at least first. Default coefficients: the paper's (its released code uses 0.9, 0.1, 0.2). A term whose
-    coefficient is 0, or whose part the model lacks, is not computed. soft_edges off: the published boundary loss.
+
+def total_loss(output, target: Tensor, coefficients: dict[str, float]) -> dict[str, Tensor]:
+    """The weighted sum over a batch and its weighted terms, each a scalar: {"loss", and every name of `coefficients`}.
+
+    output: a `model.Output`; target (B, H, W) of 0 and 1; coefficients: of the TERMS to compute (the paper's are 1, 0.1 and
+    0.2, its released code uses 0.9, 0.1 and 0.2). The logits (B, 1, h, w) are brought to the target's size (bilinear) and to
+    float32 at least first.
     """
-    dtype = torch.promote_types(output.logits.dtype, torch.float32)
-    logits, pseudo_mask, weight = (None if x is None else x.to(dtype) for x in output)  # (B, 1, h, w), (B, 1, g, g), (B,)
+    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))  # (B, 1, h, w)
     z = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]  # (B, H, W)
-    terms = {}
-    if ce:
-        terms["ce"] = ce * cross_entropy(z, target).mean()
-    if dice_weight:
-        terms["dice"] = dice_weight * dice(z, target).mean()
-    if boundary_weight and weight is not None:
-        error = boundary(z, target, weight) if soft_edges else published_boundary(z, target, weight[:, None, None])
-        terms["boundary"] = boundary_weight * error.mean()
-    if pseudo and pseudo_mask is not None:
-        terms["pseudo"] = pseudo * pseudo_mask_loss(pseudo_mask, target).mean()
+    terms = {name: c * TERMS[name](z, target, output).mean() for name, c in coefficients.items()}
     return {"loss": sum(terms.values()), **terms}

@@ -35,8 +35,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from checkpoints import CheckpointError
-from layouts import IMAGE_SUFFIXES, DataError, clean_phrase, read_text
+from checkpoints import UserError
+from layouts import IMAGE_SUFFIXES, UserError, clean_phrase, read_text
 from model import RS2SAM2
 from overlay import SmallMask, overlay
 from polygons import write_polygons
@@ -53,27 +53,27 @@ class Job(NamedTuple):
 
 
 def find_jobs(places: list[Path], phrases: list[str]) -> list[Job]:
-    """What is asked for: every phrase for every image, and the rows of CSV files. DataError where there is nothing."""
+    """What is asked for: every phrase for every image, and the rows of CSV files. UserError where there is nothing."""
     lists = [place for place in places if place.suffix.lower() == ".csv"]
     if phrases and len(lists) == len(places):
-        raise DataError("A CSV has phrases of its own: leave out --phrase, or name images too.")
+        raise UserError("A CSV has phrases of its own: leave out --phrase, or name images too.")
     if not phrases and len(lists) < len(places):
-        raise DataError("There is nothing to find: give the images a --phrase, or name a CSV with rows image,phrase.")
+        raise UserError("There is nothing to find: give the images a --phrase, or name a CSV with rows image,phrase.")
     wanted = []
     for place in places:
         if place.is_dir():
             files = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
             if not files:
-                raise DataError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)}): name another folder.")
+                raise UserError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)}): name another folder.")
             wanted += [(path, phrase, "") for path in files for phrase in phrases]
         elif not place.exists():
-            raise DataError(f"There is no image, folder or CSV {place}: check the name.")
+            raise UserError(f"There is no image, folder or CSV {place}: check the name.")
         elif place in lists:
             wanted += read_list(place)
         else:
             wanted += [(place, phrase, "") for phrase in phrases]
     if not wanted:
-        raise DataError(f"{', '.join(map(str, places))} has no rows: write image,phrase and what to find below it.")
+        raise UserError(f"{', '.join(map(str, places))} has no rows: write image,phrase and what to find below it.")
     by_image = {}  # an image is opened once, for all its phrases
     for image, phrase, fault in wanted:
         by_image.setdefault(image, []).append((phrase, fault))
@@ -87,7 +87,7 @@ def read_list(path: Path) -> list[tuple[Path, str, str]]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         if absent := {"image", "phrase"} - set(reader.fieldnames or []):
-            raise DataError(f"{path} lacks the column {' and '.join(sorted(absent))}: its first line must name them.")
+            raise UserError(f"{path} lacks the column {' and '.join(sorted(absent))}: its first line must name them.")
         rows = []
         for row in reader:
             sound = None not in row and None not in row.values() and row["image"].strip()
@@ -96,7 +96,7 @@ def read_list(path: Path) -> list[tuple[Path, str, str]]:
             rows.append((path.parent / (row["image"] or "").strip(), row["phrase"] or "", fault))
         return rows
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num} is not sound CSV ({error}): mend it.") from None
+        raise UserError(f"{path}, line {reader.line_num} is not sound CSV ({error}): mend it.") from None
 
 
 def stems(images: list[Path]) -> dict[Path, str]:
@@ -160,16 +160,16 @@ class Predictor:
             for job in self.jobs:
                 try:
                     if job.fault:
-                        raise DataError(job.fault)
+                        raise UserError(job.fault)
                     phrase = clean_phrase(job.phrase, f"phrase {job.n}")
                     if job.image != opened:
                         opened, scene = job.image, None
                         scene = open_scene(job.image, self.args.bands)
                     elif scene is None:
-                        raise DataError("The image could not be opened, see above.")
+                        raise UserError("The image could not be opened, see above.")
                     job = job._replace(phrase=phrase)
                     self.refuse_existing(job, scene)
-                except (DataError, OSError) as error:
+                except (UserError, OSError) as error:
                     self.fail(job, error)
                     continue
                 if is_large(scene, self.args.tile):
@@ -187,7 +187,7 @@ class Predictor:
         for job, scene in self.pending:
             try:
                 ready.append((job, scene, scene.read_all()))
-            except (DataError, OSError) as error:
+            except (UserError, OSError) as error:
                 self.fail(job, error)
         self.pending = []
         if ready:
@@ -210,7 +210,7 @@ class Predictor:
         if not self.args.overwrite:
             for path in self.paths(job, scene).values():
                 if path.exists():
-                    raise DataError(f"{path} exists: --overwrite makes it anew, --out names another folder.")
+                    raise UserError(f"{path} exists: --overwrite makes it anew, --out names another folder.")
 
     def finish(self, job: Job, scene, rows) -> None:
         """Write a result and say what it is. rows() yields (top, logits (h, W))."""
@@ -234,7 +234,7 @@ class Predictor:
             line |= {"notes": notes} if (notes := [note for note in notes if note]) else {}
             with open(self.args.out / "results.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        except (DataError, OSError) as error:
+        except (UserError, OSError) as error:
             self.fail(job, error)
             return
         self.bar.update()
@@ -251,7 +251,7 @@ class Predictor:
             properties = {"phrase": job.phrase, "confidence": facts["confidence"]}
             try:
                 facts |= write_polygons(paths["mask"], paths["polygons"], properties)
-            except DataError as error:
+            except UserError as error:
                 paths["polygons"].unlink(missing_ok=True)
                 notes.append(f"No polygons are written: {error}.")
         overlay(scene.overview, tally.small.pixels, job.phrase).save(paths["overlay"], "PNG")
@@ -306,7 +306,7 @@ def main() -> None:
         model = RS2SAM2.load(args.ckpt)
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=".part-", dir=args.out).cleanup()  # can anything be written there?
-    except (DataError, CheckpointError) as error:
+    except (UserError, UserError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:

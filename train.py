@@ -28,22 +28,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import CheckpointError, build, load_checkpoint, read_checkpoint, read_run, rebuild
+from checkpoints import UserError, build, load_checkpoint, read_checkpoint, read_run, rebuild
 from data import Collate, Timed, open_dataset
 from evaluate import autocast, best_median_worst, compute_dtype, print_report, report, score, to_device, write_panels
-from layouts import DataError
+from layouts import UserError
 from losses import total_loss
 from model import RS2SAM2, compiled, count_parameters
 from processes import Shares, Stream, gather, launch, launched, process_group, rank, rank_0_first, share, world_size
 from recipe import RECIPES, Average, Recipe, command_line, optimizer_for, set_rates
-from runs import RunFolder, UsageError, WriteError, default_workers, free_run, pick_device, revision
+from runs import RunFolder, UserError, UserError, default_workers, free_run, pick_device, revision
 from scenes import make_scenes
 from stopping import Signals, Stopped, leave_signals, one_sentence
-from weights import WeightsError
+from weights import UserError
 
 SAVE_EVERY = 600  # seconds between two last.pt within an epoch
 EPOCH = {"steps": 0, "samples": 0, "seconds": 0.0, "waited": 0.0, "sums": {}}  # what is added up over an epoch, at its start
-ERRORS = (UsageError, DataError, WeightsError, CheckpointError)  # each is one sentence for the user
+ERRORS = (UserError, UserError, UserError, UserError)  # each is one sentence for the user
 
 
 class Trainer:
@@ -105,7 +105,7 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError:  # other groups
-            raise CheckpointError(
+            raise UserError(
                 f"{self.folder.last} was trained in another way, by revision {state['revision']} of this program: go on with "
                 f"that one, or start anew from its weights by --init {self.folder.last}"
             ) from None
@@ -273,21 +273,21 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k != "resume"})
         before, args = parser.parse_args([]), parser.parse_args()
         if fixed := [k for k, v in vars(args).items() if k not in again and v != getattr(before, k)]:
-            raise UsageError(
+            raise UserError(
                 f"--{fixed[0].replace('_', '-')} can't be changed by --resume: leave it out, or start a new run"
             )
         args.out, args.resume = last.parent, last
     elif args.init:
         fixed = ("model", "from_scratch", "sam2", "encoder", "encoder_weights", "encoder_size", "without")
         if given := [key for key in fixed if getattr(args, key)]:
-            raise UsageError(f"--{given[0].replace('_', '-')} and --init exclude each other: the checkpoint fixes the network")
+            raise UserError(f"--{given[0].replace('_', '-')} and --init exclude each other: the checkpoint fixes the network")
         args.model = read_checkpoint(args.init)["model_name"]
     args.model = args.model or ("tiny" if Path(args.data).name == "scenes" else "large")
     recipe = RECIPES[args.model]
     args.batch_size = args.batch_size or recipe.batch_size
     args.lr = args.lr or recipe.lr
     if args.batch_size < (parts := world_size() * args.accumulate):
-        raise UsageError(
+        raise UserError(
             f"--batch-size {args.batch_size} can't be shared by {world_size()} processes with --accumulate "
             f"{args.accumulate}: it is the whole step's, so make it {parts} or more"
         )
@@ -322,7 +322,7 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None) -> tuple[RS2SAM2,
     if not checkpoint:
         args.out = args.out or free_run(args.data, args.model)
         if RunFolder(args.out).taken():
-            raise UsageError(f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}")
+            raise UserError(f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}")
     augment, fresh = RECIPES[args.model].augment, args.data == "scenes" and not Path("data/scenes").exists()
     sets = None if fresh else open_sets(args, augment)
     torch.manual_seed(args.seed)
@@ -332,7 +332,7 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None) -> tuple[RS2SAM2,
         try:
             make_scenes(Path("data/scenes"))
         except OSError as error:
-            raise WriteError(f"data/scenes can't be written ({error.strerror or error}): make room there") from None
+            raise UserError(f"data/scenes can't be written ({error.strerror or error}): make room there") from None
         sets = open_sets(args, augment)
     return model, sets
 
@@ -370,19 +370,19 @@ def main(signals: Signals | None = None) -> None:
             more = args.accumulate * 2
             smaller = f"--accumulate {more}, " if args.batch_size >= world_size() * more else ""
             again = "" if args.checkpoint_activations else "--checkpoint-activations, "
-            raise UsageError(
+            raise UserError(
                 f"out of memory with --batch-size {args.batch_size} at {model.preset.image_size} pixels: try {smaller}"
                 f"{again}or a smaller --image-size"
             ) from None
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise UsageError(
+            raise UserError(
                 f"torch.compile failed ({' '.join(str(error).split())[:200]}): install what it misses, often a C compiler, or "
                 f"train without it, slower, by TORCH_COMPILE_DISABLE=1 in the environment"
             ) from error
 
 
 if __name__ == "__main__":
-    with one_sentence("train.py", ERRORS, (FloatingPointError, WriteError)):
+    with one_sentence("train.py", ERRORS, (FloatingPointError, UserError)):
         signals = Signals()
         signals.watch()
         main(signals)

@@ -20,61 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-
-class WeightsError(Exception):
-    """Weights that can't be found, read or used. The message is one sentence for the user."""
-
-
-WRAPPERS = r"^(module\.)?(evf_model\.)?"  # what training wrappers may have put before a published name
-
-# Published name -> ours. Every rule is applied, in this order.
-RENAMES = [
-    (WRAPPERS, ""),
-    (r"^mm_extractor\.beit3\.", "union_encoder."),
-    (r"^text_feat_linear\.", "text_features."),
-    (r"^text2one_linear\.", "text_weight."),
-    (r"^text_hidden_fcs\.0\.0\.", "sparse_prompt.hidden."),
-    (r"^text_hidden_fcs\.0\.2\.", "sparse_prompt.out."),
-    (r"^vmtoken\.multihead_attn\.", "mask_prompt.attention."),
-    (r"^mask_linear\.", "mask_prompt.token."),
-    (r"^mask_product\.", "mask_prompt.score."),
-    (r"^visual_model\.image_encoder\.neck\.", "neck."),
-    (r"^visual_model\.sam_prompt_encoder\.", "prompt_encoder."),
-    (r"^visual_model\.sam_mask_decoder\.vlfusion_module\.multihead_attn\.", "decoder_fusion.attention."),
-    (r"^visual_model\.sam_mask_decoder\.", "mask_decoder."),
-    (r"^visual_model\.", ""),
-    (r"(trunk\.blocks\.\d+)\.(norm1|norm2|attn|mlp|proj)\.", r"\1.block.\2."),
-    (r"\.MLP_Adapter\.", ".mlp_adapter."),
-    (r"\.Space_Adapter\.", ".space_adapter."),
-    (r"\.D_fc1\.", ".down."),
-    (r"\.D_fc2\.", ".up."),
-    (r"\.text_in_linear\.", ".text_down."),
-    (r"\.text_out_linear\.", ".text_up."),
-    (r"\.vlfusion_module\.multihead_attn\.", ".vision_reads_text."),
-    (r"\.lvfusion_module\.multihead_attn\.", ".text_reads_vision."),
-]
-
-# What published and SAM 2 files hold and no forward pass here reads: the video memory, a head that was never connected,
-# BEiT-3's mask token and (see `is_unused`) the last block's text update.
-UNUSED = re.compile(
-    r"^(visual_model\.)?(maskmem_tpos_enc|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial|mask_downsample\.|memory_attention\.|"
-    r"memory_encoder\.|obj_ptr_proj\.|obj_ptr_tpos_proj\.)|^meo_linear\.|^(mm_extractor\.)?beit3\.vision_embed\.mask_token$"
-)
-TEXT_UPDATE = re.compile(r"trunk\.blocks\.(\d+)\.Space_Adapter\.(lvfusion_module|text_out_linear)\.")
-
-
-def our_name(published: str) -> str:
-    """The key of this model that a published key's tensor goes to."""
-    for pattern, replacement in RENAMES:
-        published = re.sub(pattern, replacement, published)
-    return published
-
-
-def is_unused(published: str, blocks: int) -> bool:
-    """Whether a published key is one that this model, with so many trunk blocks, has no use for."""
-    published = re.sub(WRAPPERS, "", published)
-    update = TEXT_UPDATE.search(published)
-    return bool(UNUSED.match(published)) or (update is not None and int(update[1]) == blocks - 1)
+from runtime.errors import UserError
+from weights.names import is_published, is_unused, our_name
 
 
 # All that a pickle of tensors has to name. What torch.load would admit besides can make a few bytes fill the memory.
@@ -151,12 +98,12 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         state = load_plain(path)
     except Exception as error:  # a dozen kinds, from zip errors to refused pickles: one sentence serves for all
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"{path} can't be read as a file of weights alone ({reason}): download it again") from error
+        raise UserError(f"{path} can't be read as a file of weights alone ({reason}): download it again") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path} holds no state dict (names with tensors), nor one under 'model' or 'state_dict'")
+        raise UserError(f"{path} holds no state dict (names with tensors), nor one under 'model' or 'state_dict'")
     return state
 
 
@@ -178,7 +125,7 @@ def load_named(
     """Copy published-named tensors into the model, whatever their floating-point type.
 
     shapes: of all that `tensors` will give. required(our_key) says which of the model's entries the source has to fill. A
-    missing, misshapen or unknown key raises WeightsError naming it (`source` is for that message); nothing has been
+    missing, misshapen or unknown key raises UserError naming it (`source` is for that message); nothing has been
     copied then.
     """
     blocks = len(model.image_encoder.trunk.blocks)
@@ -194,7 +141,7 @@ def load_named(
     ]
     for what, names in (("lacks", missing), ("holds unknown keys:", unknown), ("has other sizes:", misshapen)):
         if names:
-            raise WeightsError(
+            raise UserError(
                 f"{source} does not fit this model: it {what} {', '.join(names[:3])}"
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
             )
@@ -209,13 +156,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str, required
     load_named(model, {name: tensor.shape for name, tensor in state.items()}, state.items(), source, required)
 
 
-def is_published(names: Iterable[str]) -> bool:
-    """Whether these are the keys of a published RS2-SAM 2 state dict."""
-    return any(re.sub(WRAPPERS, "", name).startswith("mm_extractor.beit3.") for name in names)
-
-
 def published_files(folder: Path) -> list[Path]:
-    """The weights in a folder as `save_pretrained` leaves it: one file or all shards; WeightsError if incomplete."""
+    """The weights in a folder as `save_pretrained` leaves it: one file or all shards; UserError if incomplete."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if not index.is_file():
@@ -225,12 +167,12 @@ def published_files(folder: Path) -> list[Path]:
         try:
             shards = sorted({folder / Path(shard).name for shard in json.loads(index.read_text())["weight_map"].values()})
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise WeightsError(f"{index} is no index of shards (weight_map: names with files): download it again") from error
+            raise UserError(f"{index} is no index of shards (weight_map: names with files): download it again") from error
         if absent := [shard.name for shard in shards if not shard.is_file()]:
-            raise WeightsError(f"{folder} lacks {', '.join(absent[:3])}, which {index.name} names: download them too")
+            raise UserError(f"{folder} lacks {', '.join(absent[:3])}, which {index.name} names: download them too")
         return shards
     inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise WeightsError(
+    raise UserError(
         f"{folder} holds {inside}: expected best.pt, or model.safetensors or pytorch_model.bin (also in shards)"
     )
 
@@ -240,7 +182,7 @@ def published_tokenizer(folder: Path) -> Path:
     for name in ("sentencepiece.bpe.model", "beit3.spm"):
         if (folder / name).is_file():
             return folder / name
-    raise WeightsError(
+    raise UserError(
         f"no tokeniser in {folder}: put sentencepiece.bpe.model, which comes with the checkpoint, or beit3.spm beside it"
     )
 
@@ -281,26 +223,26 @@ def beit3_sizes(path: str | Path) -> dict[str, int]:
             "image_size": patch * math.isqrt(shapes[tables("A")][0] - 3), "text_positions": shapes[tables("B")][0],
         }  # fmt: skip
     except (KeyError, IndexError, ValueError) as error:
-        raise WeightsError(f"{path} is not a BEiT-3 file: it lacks {error}, or has it in another shape") from None
+        raise UserError(f"{path} is not a BEiT-3 file: it lacks {error}, or has it in another shape") from None
 
 
 def beit3_tokenizer_file(weights: str | None) -> Path:
     """The SentencePiece model beit3.spm beside BEiT-3's weights."""
     if weights is None:
-        raise WeightsError(
+        raise UserError(
             "BEiT-3 is not on a hub: download beit3_large_patch16_224.pth and beit3.spm from its authors' release page, "
             "keep them in one folder and name the first with --encoder-weights"
         )
     spm = existing(weights).with_name("beit3.spm")
     if not spm.is_file():
-        raise WeightsError(f"no BEiT-3 tokeniser at {spm}: put beit3.spm beside the weights")
+        raise UserError(f"no BEiT-3 tokeniser at {spm}: put beit3.spm beside the weights")
     return spm
 
 
 def existing(path: str | Path) -> Path:
     """The path, if a file is there."""
     if not Path(path).is_file():
-        raise WeightsError(f"no weights file at {path}: give the path of an existing .pt, .pth, .bin or .safetensors file")
+        raise UserError(f"no weights file at {path}: give the path of an existing .pt, .pth, .bin or .safetensors file")
     return Path(path)
 
 
@@ -314,47 +256,11 @@ def find_sam2(config: str) -> Path:
             try:
                 return Path(hf_hub_download(repository, filename))
             except Exception as error:  # no network, no such file, no permission: the way out is the same
-                raise WeightsError(
+                raise UserError(
                     f"SAM 2 weights could not be downloaded ({repository}, {filename}): fetch {filename} from the model hub "
                     f"or from SAM 2's release page and name it with --sam2 FILE"
                 ) from error
-    raise WeightsError(f"no weights are published for {config}")
-
-
-def open_clip_model(model: str | dict, tag: str | None = None, image_size: int | None = None) -> nn.Module:
-    """A CLIP of open_clip with random weights: by name, or from a dict of open_clip.CLIP's own arguments.
-
-    image_size: side of its images, a multiple of its patches, instead of the one it was trained with.
-    The pretrained tag decides image normalisation and activation (OpenAI's weights use QuickGELU). Only names whose towers
-    are open_clip's own ViT and text transformer with its byte-pair tokeniser are accepted (about 32); WeightsError else.
-    """
-    config = dict(model) if isinstance(model, dict) else open_clip_config(model)
-    vision = config["vision_cfg"]
-    if image_size and image_size % (patch := vision["patch_size"]):
-        name = "the preset's encoder" if isinstance(model, dict) else model
-        raise WeightsError(f"union encoder at {image_size} pixels: {name} needs a multiple of its patches of {patch}")
-    pretrained = open_clip.get_pretrained_cfg(model, tag) if tag else {}
-    config["quick_gelu"] = pretrained.get("quick_gelu", config.get("quick_gelu", False))
-    clip = open_clip.CLIP(**config | {"vision_cfg": vision | {"image_size": image_size or vision["image_size"]}})
-    if "mean" in pretrained:
-        clip.visual.preprocess_cfg = {"mean": pretrained["mean"], "std": pretrained["std"]}
-    return clip
-
-
-def open_clip_config(model: str) -> dict:
-    """The arguments of open_clip.CLIP for the name of a plain model; WeightsError for other names."""
-    config = open_clip.get_model_config(model)
-    if config is None:
-        listing = "python -c 'import open_clip; print(open_clip.list_models())'"
-        raise WeightsError(f"open_clip has no model {model!r}: `{listing}`")
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    others = config.get("custom_text") or {"hf_model_name", "hf_tokenizer_name"} & text.keys()
-    if others or "timm_model_name" in vision or not isinstance(vision.get("layers"), int):
-        raise WeightsError(
-            f"open_clip's {model} is not made of its own ViT and text transformer with the byte-pair tokeniser: choose a "
-            f"plain one such as ViT-B-32, ViT-B-16 or ViT-L-14"
-        )
-    return config
+    raise UserError(f"no weights are published for {config}")
 
 
 def tag_and_file(source: str) -> tuple[str | None, str | None]:
@@ -369,7 +275,7 @@ def find_open_clip(name: str, source: str) -> Path:
     """The file of an open_clip model's weights: the one that `source` names, or its tag's, downloaded or cached."""
     tag, file = tag_and_file(source)
     if tag is not None and not open_clip.is_pretrained_cfg(name, tag):
-        raise WeightsError(
+        raise UserError(
             f"{tag!r} is neither a file nor a pretrained tag of open_clip's {name}: its tags are "
             f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
         )
@@ -378,7 +284,7 @@ def find_open_clip(name: str, source: str) -> Path:
     try:
         return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
     except Exception as error:  # no network, no such file, no permission: the way out is the same
-        raise WeightsError(
+        raise UserError(
             f"open_clip's {name} ({tag}) could not be downloaded: fetch its file from the model hub and name it "
             f"with --encoder-weights {tag}=FILE"
         ) from error
@@ -392,4 +298,4 @@ def load_open_clip(clip: nn.Module, name: str, path: str | Path) -> None:
         open_clip.load_checkpoint(clip, str(path))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"{path} is not a checkpoint of open_clip's {name} ({reason})") from error
+        raise UserError(f"{path} is not a checkpoint of open_clip's {name} ({reason})") from error

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoints import CheckpointError, load_checkpoint  # noqa: E402
+from checkpoints import UserError, load_checkpoint  # noqa: E402
 from data import Collate, flip_phrase, open_dataset  # noqa: E402
 from evaluate import autocast, bootstrap, iou_counts, masks_at, sample_iou, score, summarise, table, to_device  # noqa: E402
 from evaluate import summarise_rows as summarise_scored  # noqa: E402
-from layouts import DataError, read_samples  # noqa: E402
+from layouts import UserError, read_samples  # noqa: E402
 from scenes import CATEGORIES, COLOURS, PLACES, Object, is_at, is_most, make_scenes, scene  # noqa: E402
 
 PLACE_OF = {words: place for place, wordings in PLACES.items() for words in wordings}
@@ -254,7 +254,7 @@ def figure(path: Path, model, dataset, facts: list[dict], number: int = 4) -> No
         cells = [cell(image, mask, text) for mask, text in zip(masks, say)]
         rows.append(np.concatenate([cell(image, np.ones((1, 1)), ""), *cells], axis=1))
     if not rows:
-        raise DataError(f"no scene fits the figure: ask for more --scenes than {len({f['file'] for f in facts})}")
+        raise UserError(f"no scene fits the figure: ask for more --scenes than {len({f['file'] for f in facts})}")
     cv2.imwrite(str(path), cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR))
 
 
@@ -262,7 +262,7 @@ def training_phrases(checkpoint: dict) -> set[str] | None:
     """What the phrases of the checkpoint's training set say, as `heard`; None, with a word of it, where it is not here."""
     try:
         samples = read_samples(checkpoint["data"])[2] if checkpoint["data"] else []
-    except DataError:
+    except UserError:
         samples = []
     if not samples:
         name = checkpoint["data"] or "The training set"
@@ -284,9 +284,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.figure and (args.data or args.figure.exists()):
-            raise DataError(f"--figure {args.figure} needs a new file, and generated scenes in place of --data")
+            raise UserError(f"--figure {args.figure} needs a new file, and generated scenes in place of --data")
         if args.figure and not (args.figure.suffix == ".png" and args.figure.parent.is_dir()):
-            raise DataError(f"--figure {args.figure}: give a name that ends in .png, in a folder that exists")
+            raise UserError(f"--figure {args.figure}: give a name that ends in .png, in a folder that exists")
         model, checkpoint = load_checkpoint(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu")
         sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
         if args.data:
@@ -305,7 +305,7 @@ def main() -> None:
             if args.figure:
                 figure(args.figure, model, dataset, facts)
                 print(f"wrote {args.figure}")
-    except (DataError, CheckpointError) as error:
+    except (UserError, UserError) as error:
         print(f"language.py: {error}", file=sys.stderr)
         sys.exit(2)
 

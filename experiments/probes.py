@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablate import COLUMNS  # noqa: E402
 
-from checkpoints import CheckpointError, load_checkpoint  # noqa: E402
+from checkpoints import UserError, load_checkpoint  # noqa: E402
 from evaluate import open_for, score, summarise_rows  # noqa: E402
 from fusion import BidirectionalAdapter, Bottleneck, CrossAttention  # noqa: E402
-from layouts import DataError  # noqa: E402
+from layouts import UserError  # noqa: E402
 from runs import default_workers  # noqa: E402
 
 # Hooks on an attention or an MLP's adapter: what it returns, (..., D), changed.
@@ -176,7 +176,7 @@ def main() -> None:
         data, dataset = open_for(model, checkpoint, args)
         print(f"{args.ckpt} on {data}, split {dataset.split}, {len(dataset)} phrases, per cent:\n")
         print(measure(model, dataset, default_workers()))
-    except (CheckpointError, DataError) as error:
+    except (UserError, UserError) as error:
         print(f"bhfm.py: {error}", file=sys.stderr)
         sys.exit(2)
 

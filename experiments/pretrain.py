@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Collate, open_dataset  # noqa: E402
 from evaluate import iou_counts, masks_at, summarise, to_device  # noqa: E402
-from layouts import DataError  # noqa: E402
+from layouts import UserError  # noqa: E402
 from losses import cross_entropy, dice  # noqa: E402
 from model import PRESETS, RS2SAM2  # noqa: E402
 from processes import Stream  # noqa: E402
 from recipe import RECIPES, Average, optimizer_for, set_rates  # noqa: E402
-from runs import UsageError, WriteError, default_workers, number, pick_device, write_checkpoint  # noqa: E402
+from runs import UserError, UserError, default_workers, number, pick_device, write_checkpoint  # noqa: E402
 from scenes import make_scenes  # noqa: E402
 from weights import our_name  # noqa: E402
 
@@ -181,7 +181,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.out.exists():
-            raise UsageError(f"{args.out} exists already: name another --out")
+            raise UserError(f"{args.out} exists already: name another --out")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if not args.data and not SCENES.exists():
             print(f"generating scenes under {SCENES} (once, a minute or two)", flush=True)
@@ -196,7 +196,7 @@ def main() -> None:
         print(f"{args.samples:,} samples in {minutes:.1f} minutes; wrote {args.out}", flush=True)
         first, corrected = validate(model, sets[1], args.seed)
         print(f"validation mIoU {first:.2f} of a click or box, {corrected:.2f} corrected once")
-    except (UsageError, DataError, WriteError, OSError) as error:
+    except (UserError, UserError, UserError, OSError) as error:
         print(f"pretrain.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -10,7 +10,7 @@
 Plain images are decoded whole, so their size is bounded; what is larger, or says more than a plain image can (place on
 Earth, 16 bits a band, many bands, nodata), is read by rasterio, window by window. Where pixels are not 8-bit, each
 band is stretched from its 2nd to its 98th percentile, taken from a reduced picture of the scene. A pixel whose alpha is
-0, or that is NaN or infinite, has no data. What can't be read is a DataError of one sentence.
+0, or that is NaN or infinite, has no data. What can't be read is a UserError of one sentence.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data import decode
-from layouts import DataError
+from layouts import UserError
 
 MAX_PLAIN = 2**27  # pixels of an image that is decoded whole: 400 MB of RGB
 OVERVIEW = 2048
@@ -37,9 +37,9 @@ def open_scene(path, bands: tuple[int, ...] | None = None) -> "Scene":
     EXIF orientation is obeyed where the image is decoded whole; rasterio gives pixels as they are stored."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"There is no image {path}: check the name.")
+        raise UserError(f"There is no image {path}: check the name.")
     if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes): get it again.")
+        raise UserError(f"{path} is empty (0 bytes): get it again.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits here are MAX_PLAIN and windows
         reason = beyond_plain(path)
@@ -48,19 +48,19 @@ def open_scene(path, bands: tuple[int, ...] | None = None) -> "Scene":
         try:
             pixels = read_pixels(path)
         except ValueError as error:
-            raise DataError(f"{error}.") from None
+            raise UserError(f"{error}.") from None
     return PlainImage(pixels, bands, str(path))
 
 
 def beyond_plain(path: Path) -> str:
-    """Why the file needs rasterio, or '' where it is a plain image. An animation is a DataError."""
+    """Why the file needs rasterio, or '' where it is a plain image. An animation is a UserError."""
     try:
         with Image.open(path) as header:
             if header.width * header.height > MAX_PLAIN:
                 return f"has {header.width:,} x {header.height:,} pixels"
             frames = 1 if header.format in ("MPO", "TIFF") else getattr(header, "n_frames", 1)  # MPO: a stereo pair
             if frames > 1:
-                raise DataError(f"{path} is an animation of {frames} frames: save the one you mean as a PNG.")
+                raise UserError(f"{path} is an animation of {frames} frames: save the one you mean as a PNG.")
             if header.format == "JPEG2000":
                 return "is a JPEG 2000 file"
             if any(path.with_suffix(suffix).exists() for suffix in WORLD_FILES):
@@ -75,7 +75,7 @@ def beyond_plain(path: Path) -> str:
             return "" if max(bits) <= 8 and colours else f"is a TIFF of {samples} bands, {max(bits)} bits each"
     except Image.DecompressionBombError:
         return "has more pixels than are decoded whole"
-    except DataError:
+    except UserError:
         raise
     except UnidentifiedImageError:
         return "is a TIFF of an uncommon kind" if path.suffix.lower() in (".tif", ".tiff") else ""
@@ -181,7 +181,7 @@ def pick_bands(bands: tuple[int, ...] | None, count: int, name: str) -> list[int
     """0-based numbers of three bands for RGB: the first three of `count`, or the first one thrice (grey)."""
     bands = bands or ((1, 2, 3) if count >= 3 else (1,))
     if len(bands) not in (1, 3) or not all(1 <= band <= count for band in bands):
-        raise DataError(f"{name} has {count} bands: bands {','.join(map(str, bands))} are not one or three of them.")
+        raise UserError(f"{name} has {count} bands: bands {','.join(map(str, bands))} are not one or three of them.")
     return [band - 1 for band in (bands * 3)[:3]]
 
 
@@ -213,23 +213,23 @@ class RasterFile(Scene):
         try:
             import rasterio
         except ImportError:
-            raise DataError(f"{path} {reason}, which needs rasterio: pip install rasterio.") from None
+            raise UserError(f"{path} {reason}, which needs rasterio: pip install rasterio.") from None
         self.path, self.rasterio = path, rasterio
         with self.sound():
             self.file = file = rasterio.open(path)
         if file.count == 0:
-            raise DataError(f"{path} is a container of {len(file.subdatasets)} images: extract the one you mean.")
+            raise UserError(f"{path} is a container of {len(file.subdatasets)} images: extract the one you mean.")
         self.height, self.width, self.crs, self.transform = file.height, file.width, file.crs, file.transform
         alpha = rasterio.enums.ColorInterp.alpha
         colours = [i for i, kind in enumerate(file.colorinterp, start=1) if kind != alpha]
         if not colours:
-            raise DataError(f"{path} has an alpha band alone: there is nothing to look at.")
+            raise UserError(f"{path} has an alpha band alone: there is nothing to look at.")
         # By their numbers any bands can be taken, an alpha too; by default the first that are none.
         chosen = pick_bands(bands, file.count if bands else len(colours), str(path))
         self.bands = [n + 1 for n in chosen] if bands else [colours[n] for n in chosen]
         kinds = {file.dtypes[n - 1] for n in self.bands}
         if any("complex" in kind for kind in kinds):
-            raise DataError(f"{path} has complex numbers for pixels: convert it to magnitudes first.")
+            raise UserError(f"{path} has complex numbers for pixels: convert it to magnitudes first.")
         self.palette = None
         if len(set(self.bands)) == 1 and file.colorinterp[self.bands[0] - 1] == rasterio.enums.ColorInterp.palette:
             colormap = file.colormap(self.bands[0])
@@ -255,7 +255,7 @@ class RasterFile(Scene):
                 yield
         except self.rasterio.errors.RasterioError as error:
             reason = str(error.__cause__ or error).splitlines()[0][:150]
-            raise DataError(f"{self.path} can't be read: {reason}.") from None
+            raise UserError(f"{self.path} can't be read: {reason}.") from None
 
     def load(self, window, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         """The chosen bands (h, w, 3) at their own depth, and where they are valid (h, w) or None; reduced to `shape`."""

@@ -8,31 +8,27 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from encoder import BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder
-from model import PRESETS, RS2SAM2, Preset
-from weights import (
-    WeightsError,
+from encoder import BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder, open_clip_model
+from model import RS2SAM2
+from presets import PRESETS, Preset
+from runtime.errors import UserError
+from weights.names import is_published
+from weights.foundation import (
     beit3_sizes,
     beit3_tokenizer_file,
     existing,
     find_open_clip,
     find_sam2,
-    is_published,
     load_beit3,
     load_open_clip,
     load_plain,
     load_published,
     load_sam2,
-    open_clip_model,
     published_files,
     published_tokenizer,
     read_state,
     tag_and_file,
 )
-
-
-class CheckpointError(Exception):
-    """A checkpoint that can't be found, read or used. The message is one sentence for the user."""
 
 
 class Unfilled(TorchFunctionMode):
@@ -58,9 +54,9 @@ LARGEST = 4096  # pixels a side of what a model looks at
 
 
 def check_image_size(image_size: int) -> int:
-    """The side of SAM 2's input, if it can be one; WeightsError."""
+    """The side of SAM 2's input, if it can be one; UserError."""
     if image_size % 32 or image_size > LARGEST:
-        raise WeightsError(f"image size {image_size}: SAM 2's windows need a multiple of 32, up to {LARGEST}; choose one")
+        raise UserError(f"image size {image_size}: SAM 2's windows need a multiple of 32, up to {LARGEST}; choose one")
     return image_size
 
 
@@ -75,32 +71,32 @@ def build(
     encoder_weights: a pretrained tag of open_clip, a file or TAG=FILE, or BEiT-3's file with beit3.spm beside it;
     encoder_size: the side of the open_clip model's images (a pretrained position table is interpolated); without: names of
     PARTS, left out.
-    WeightsError in one sentence.
+    UserError in one sentence.
     """
     preset = replace(PRESETS[name], without=tuple(without))
     if image_size:
         preset = replace(preset, image_size=check_image_size(image_size))
     if encoder and name not in ("base", "large"):
-        raise WeightsError(f"--encoder {encoder}: preset {name} has a union encoder of its own; use base or large")
+        raise UserError(f"--encoder {encoder}: preset {name} has a union encoder of its own; use base or large")
     if encoder:
         preset = replace(preset, encoder_name=encoder, encoder_tag=None)
     if encoder_size:
         option = f"--encoder-size {encoder_size}"
         if preset.encoder == "beit3":
-            raise WeightsError(f"{option}: preset {name}'s BEiT-3 has a size of its own; use another preset")
+            raise UserError(f"{option}: preset {name}'s BEiT-3 has a size of its own; use another preset")
         if encoder_size > LARGEST:
-            raise WeightsError(f"{option}: the union encoder takes images of up to {LARGEST} pixels a side")
+            raise UserError(f"{option}: the union encoder takes images of up to {LARGEST} pixels a side")
         preset = replace(preset, encoder_size=encoder_size)
     if from_scratch or (preset.train_trunk and not sam2_file):
         if preset.encoder == "beit3":
-            raise WeightsError("preset paper can't start from scratch: BEiT-3's tokeniser comes with its weights; use large")
+            raise UserError("preset paper can't start from scratch: BEiT-3's tokeniser comes with its weights; use large")
         if sam2_file or encoder_weights:
-            raise WeightsError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
+            raise UserError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
         return RS2SAM2(replace(preset, train_trunk=True))
 
     if preset.train_trunk:  # tiny, around a trained image encoder, which stays as it is
         if encoder_weights:
-            raise WeightsError(f"preset {name} has no encoder weights to start from: leave out --encoder-weights")
+            raise UserError(f"preset {name} has no encoder weights to start from: leave out --encoder-weights")
         file, model = existing(sam2_file), RS2SAM2(replace(preset, train_trunk=False))
         load_sam2(model, file)
         return model
@@ -119,7 +115,7 @@ def build(
         load_beit3(model, source)
     else:
         if source is None:
-            raise WeightsError(f"--encoder {encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
+            raise UserError(f"--encoder {encoder} needs --encoder-weights: a pretrained tag of open_clip or a file")
         # A tag says how its model was trained (activation, normalisation); a file alone is taken for the name's usual way.
         preset = replace(preset, encoder_tag=tag_and_file(source)[0])
         with Unfilled():
@@ -134,7 +130,7 @@ def build(
 
 def stored_preset(stored: dict, entries: int) -> Preset:
     """The preset of a checkpoint with so many entries, if it can but describe a network: some of its fields are handed to
-    libraries that would import, fetch and run what a text in the right place names. CheckpointError else."""
+    libraries that would import, fetch and run what a text in the right place names. UserError else."""
     def sound(value, key="", depth=0):
         if isinstance(value, dict):
             names = all(isinstance(k, str) and re.fullmatch("[a-z][a-z0-9_]*", k) for k in value)
@@ -149,12 +145,12 @@ def stored_preset(stored: dict, entries: int) -> Preset:
         return value is None or (isinstance(value, (int, float)) and 0 <= value <= large)
 
     if not isinstance(stored, dict) or not sound(stored):
-        raise CheckpointError("the checkpoint's preset describes no network: the file is damaged or was made to do harm")
+        raise UserError("the checkpoint's preset describes no network: the file is damaged or was made to do harm")
     return Preset(**stored)
 
 
 def rebuild(checkpoint: dict, image_size: int | None = None, path: str | Path = "the checkpoint") -> RS2SAM2:
-    """The model of a checkpoint's dict, its weights included; CheckpointError.
+    """The model of a checkpoint's dict, its weights included; UserError.
 
     image_size: instead of the one it was trained at; path: what an error calls it."""
     try:
@@ -162,13 +158,13 @@ def rebuild(checkpoint: dict, image_size: int | None = None, path: str | Path = 
         if preset.architecture == "ours" and checkpoint["preset"].get("version") != Preset.version:
             raise ValueError("its weights are of an older form of architecture ours")
         return filled(replace(preset, image_size=check_image_size(image_size)) if image_size else preset, checkpoint)
-    except CheckpointError:
+    except UserError:
         raise
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from error
+    except UserError as error:
+        raise UserError(str(error)) from error
     except Exception as error:  # a network of another time, or a damaged one, can fail anywhere in four libraries
         reason, made_by = (str(error).splitlines() or [""])[0][:150], checkpoint.get("revision") or "that made it"
-        raise CheckpointError(
+        raise UserError(
             f"{path} does not fit this version of the code ({reason}): use the revision {made_by}, or train it again"
         ) from error
 
@@ -201,7 +197,7 @@ def read_published(path: Path, files: list[Path]) -> dict:
 
 
 def read_checkpoint(path: str | Path, checksums: bool = False) -> dict:
-    """The dict of a checkpoint, on the CPU: what train.py wrote, or the like for a published one; CheckpointError.
+    """The dict of a checkpoint, on the CPU: what train.py wrote, or the like for a published one; UserError.
 
     path: a file, the folder of a run (its best.pt is taken), or a folder as `save_pretrained` left it. Which kind it is
     shows in the names it holds. No code from the file is run. checksums: read it all to compare them (.pt files).
@@ -212,19 +208,19 @@ def read_checkpoint(path: str | Path, checksums: bool = False) -> dict:
             return read_published(path, published_files(path))
         path = path / "best.pt"
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: train one with `python train.py`, or name another")
+        raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or name another")
     if path.suffix == ".safetensors":
         checkpoint = read_state(path)
     else:
         try:
             checkpoint = load_plain(path, checksums)
         except Exception as error:  # from zip errors to refused pickles: one sentence serves for all
-            raise CheckpointError(f"{path} can't be read as a checkpoint: it is damaged or of another kind") from error
+            raise UserError(f"{path} can't be read as a checkpoint: it is damaged or of another kind") from error
     names = {str(name) for name in checkpoint} if isinstance(checkpoint, dict) else set()
     if is_published(names):
         return read_published(path, [path])
     if missing := {"preset", "model", "data", "model_name", "revision"} - names:
-        raise CheckpointError(
+        raise UserError(
             f"{path} is neither a checkpoint of train.py (it holds no {', no '.join(sorted(missing))}) nor published "
             f"RS2-SAM 2 weights (no names that begin with mm_extractor.beit3): foundation weights go to train.py"
         )
@@ -234,24 +230,24 @@ def read_checkpoint(path: str | Path, checksums: bool = False) -> dict:
 def read_run(run: Path) -> tuple[dict, Path]:
     """(the state to go on with, its file) of a run's folder or of a file such as its last.pt.
 
-    A folder's previous.pt serves where last.pt is absent or damaged, and that is said. CheckpointError."""
+    A folder's previous.pt serves where last.pt is absent or damaged, and that is said. UserError."""
     last, previous = (run / "last.pt", run / "previous.pt") if run.is_dir() else (run, run)
     if not last.exists() and not previous.exists():
-        raise CheckpointError(
+        raise UserError(
             f"nothing to resume: {run if run.suffix else run / 'last.pt'} does not exist; give the folder of a run that holds "
             f"last.pt"
         )
     try:
         state, file = read_checkpoint(last, checksums=True), last
-    except CheckpointError as error:
+    except UserError as error:
         try:
             state, file = read_checkpoint(previous, checksums=True), previous
-        except CheckpointError:
+        except UserError:
             raise error from None
         wrong = "can't be read" if last.exists() else "is missing"
         print(f"{last} {wrong}: going on from {previous}, the state saved before it", flush=True)
     if not {"optimizer", "log", "running"} <= state.keys():
-        raise CheckpointError(
+        raise UserError(
             f"{file} holds weights alone, or is an older version's, and can't be gone on with: name the run's folder or its "
             f"last.pt"
         )
@@ -262,6 +258,6 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", image_
     """(the model of a checkpoint in evaluation mode, the checkpoint's dict). Nothing but the file or folder is needed."""
     try:
         checkpoint = read_checkpoint(path)
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from error
+    except UserError as error:
+        raise UserError(str(error)) from error
     return rebuild(checkpoint, image_size, path).to(device).eval(), checkpoint

@@ -27,10 +27,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from layouts import DataError, read_samples  # noqa: E402
+from layouts import UserError, read_samples  # noqa: E402
 from model import PRESETS  # noqa: E402
 from recipe import RECIPES  # noqa: E402
-from runs import RunFolder, UsageError, number  # noqa: E402
+from runs import RunFolder, UserError, number  # noqa: E402
 from scenes import make_scenes  # noqa: E402
 
 # name -> (what the table calls it, train.py's --without). BHFM is both fusions of the text: in the image encoder and before
@@ -124,7 +124,7 @@ def check_settings(out: Path, settings: dict) -> None:
     before = json.loads(path.read_text())
     if changed := [key for key, value in settings.items() if before.get(key) != value]:
         key = changed[0]
-        raise UsageError(
+        raise UserError(
             f"{out} holds runs with {key} {before.get(key)!r}, this asks for {settings[key]!r}: choose another --out, "
             f"runs of unequal budgets can't be compared"
         )
@@ -224,7 +224,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args(mine)
     own = ("--data", "--model", "--seed", "--epochs", "--out", "--without", "--resume")
     if taken := [flag for flag in train if flag.partition("=")[0] in own]:
-        raise UsageError(f"{taken[0]} after -- is set by this tool for every run: leave it out there")
+        raise UserError(f"{taken[0]} after -- is set by this tool for every run: leave it out there")
     args.train = train
     return args
 
@@ -267,7 +267,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (UsageError, DataError) as error:
+    except (UserError, UserError) as error:
         print(f"ablate.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,11 +2,10 @@
 
 Four are told apart by the files in the folder (LAYOUTS below): that of RRSIS-D and other REFER-like sets, RefSegRS's,
 RISBench's, and a plain one for data of your own. Index files are read without running code from them. What is broken
-raises DataError, with one sentence for the user, and never becomes a different sample.
+raises UserError, with one sentence for the user, and never becomes a different sample.
 """
 
 import csv
-import errno
 import io
 import json
 import os
@@ -17,6 +16,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from runtime.errors import UserError
+from runtime.files import file_bytes
+
 NAMES = ("RRSIS-D", "RefSegRS", "RISBench", "scenes")  # below ./data; so may be any other folder
 RELATIVES = ("RRSIS-HR", "RemoteSAM-270K", "NWPU-Refer")  # of RRSIS-D, by the same layout
 LAYOUTS = """
@@ -26,18 +28,6 @@ LAYOUTS = """
   your own: phrases.csv (columns image,mask,phrase,split), images/, masks/"""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PHRASE = 10_000  # characters
-
-
-class DataError(Exception):
-    """Data that can't be used: one sentence for the user, and the known layouts where they help."""
-
-    def __init__(self, sentence):
-        # A DataLoader raises a worker's error anew with the worker's traceback as its text: keep the sentence.
-        super().__init__(sentence.rpartition("DataError: ")[2].strip())
-
-
-class NoSamples(DataError):
-    """A split that the data set does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +60,13 @@ class PlainUnpickler(pickle._Unpickler):
     dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: refuse}
 
 
-def file_bytes(path):
-    """The content of a regular file: a device or a pipe would give without end, or nothing for ever."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    return Path(path).read_bytes()
-
-
 def read_text(path):
     data = file_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line} is not UTF-8: save the file in that encoding.") from None
+        raise UserError(f"{path}, line {line} is not UTF-8: save the file in that encoding.") from None
 
 
 def read_json(path):
@@ -92,7 +75,7 @@ def read_json(path):
     try:
         return json.loads(read_text(path), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not sound JSON ({error}): get it again from its source.") from None
+        raise UserError(f"{path} is not sound JSON ({error}): get it again from its source.") from None
 
 
 def read_pickle(path):
@@ -104,18 +87,18 @@ def read_pickle(path):
         return refs
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = str(error)[:200] or type(error).__name__
-        raise DataError(f"{path} is not read ({reason}): get it again from its source.") from None
+        raise UserError(f"{path} is not read ({reason}): get it again from its source.") from None
 
 
 def clean_phrase(text, where):
     """The phrase without the blanks around it; double spaces and typos inside stay."""
     text = text.strip() if isinstance(text, str) else ""
     if not text:
-        raise DataError(f"{where}: the phrase is empty; write one, or take the sample out.")
+        raise UserError(f"{where}: the phrase is empty; write one, or take the sample out.")
     if len(text) > MAX_PHRASE:
-        raise DataError(f"{where}: the phrase has {len(text):,} characters, at most {MAX_PHRASE:,} are taken.")
+        raise UserError(f"{where}: the phrase has {len(text):,} characters, at most {MAX_PHRASE:,} are taken.")
     if re.search("[\x00-\x08\x0e-\x1f\ud800-\udfff]", text):
-        raise DataError(f"{where}: the phrase holds NUL or other control characters; take them out.")
+        raise UserError(f"{where}: the phrase holds NUL or other control characters; take them out.")
     return text
 
 
@@ -136,9 +119,9 @@ def read_refer(refs_file):
             samples.append(refer_sample(ref, images, annotations, categories, where))
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error)[:100]}"
-        raise DataError(f"{where} is not as in RRSIS-D ({reason}): mend the file or get it again.") from None
+        raise UserError(f"{where} is not as in RRSIS-D ({reason}): mend the file or get it again.") from None
     if twice := [id for id, n in Counter(sample.id for sample in samples).items() if n > 1]:
-        raise DataError(f"{refs_file} has a ref_id more than once ({', '.join(twice[:5])}): make them unique.")
+        raise UserError(f"{refs_file} has a ref_id more than once ({', '.join(twice[:5])}): make them unique.")
 
     # The images lie in <root>/images/rrsisd/JPEGImages or, for relatives, somewhere like it: where most are found.
     folder, names = refs_file.parent, {sample.image for sample in samples}
@@ -201,7 +184,7 @@ def files_by_id(root, *names):
     """{file name with and without suffix: path} of the images in the folder that is there; the folder itself as ''."""
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
-        raise DataError(f"{root} has phrase lists but no folder {' or '.join(names)}: put it beside them.{LAYOUTS}")
+        raise UserError(f"{root} has phrase lists but no folder {' or '.join(names)}: put it beside them.{LAYOUTS}")
     files = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES))
     files = {os.path.splitext(name)[0]: name for name in files} | {name: name for name in files} | {"": ""}
     return {id: os.path.join(folder, name) for id, name in files.items()}
@@ -214,18 +197,18 @@ def read_csv(path):
     try:
         header = reader.fieldnames or []
         if absent := [column for column in columns if column not in header]:
-            raise DataError(f"{path} has the columns {', '.join(header)} but lacks {', '.join(absent)}: "
+            raise UserError(f"{path} has the columns {', '.join(header)} but lacks {', '.join(absent)}: "
                             f"its first line must be {','.join(columns)}.")
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise DataError(f"{where} has not as many fields as the first line: quote phrases with commas.")
+                raise UserError(f"{where} has not as many fields as the first line: quote phrases with commas.")
             image, mask, split = (row[column].strip() for column in ("image", "mask", "split"))
             if not (image and mask and split):
-                raise DataError(f"{where} has no image, mask or split: fill them in.")
+                raise UserError(f"{where} has no image, mask or split: fill them in.")
             targets.setdefault((image, mask, split), []).append(clean_phrase(row["phrase"], where))
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num} is not sound CSV ({error}): mend it.") from None
+        raise UserError(f"{path}, line {reader.line_num} is not sound CSV ({error}): mend it.") from None
     return [Sample(mask if image == mask else f"{image}+{mask}", split, os.path.join(path.parent, "images", image),
                    tuple(phrases), kinds=("",) * len(phrases), category="",
                    mask=os.path.join(path.parent, "masks", mask),
@@ -241,12 +224,12 @@ def read_samples(data):
             root = named
         if not root.is_dir():
             remedy = "put the data set there" if data in NAMES else f"give a folder or one of {', '.join(NAMES)}"
-            raise DataError(f"There is no folder {root}: {remedy}.{LAYOUTS}")
+            raise UserError(f"There is no folder {root}: {remedy}.{LAYOUTS}")
         inside = ", ".join(sorted(os.listdir(root))[:8]) or "nothing"
         refs = sorted([*root.glob("*refs(unc).p"), *root.glob("*/*refs(unc).p")])
         lists = sorted([*root.glob("output_phrase_*.txt"), *root.glob("phrase_txts/output_phrase_*.txt")])
         if len(refs) > 1 or len({path.name for path in lists}) < len(lists):
-            raise DataError(f"{root} has the same twice ({', '.join(map(str, refs or lists))}): leave one.")
+            raise UserError(f"{root} has the same twice ({', '.join(map(str, refs or lists))}): leave one.")
         if refs:
             samples = read_refer(refs[0])
         elif lists:
@@ -256,9 +239,9 @@ def read_samples(data):
         else:
             for folder in filter(Path.is_dir, root.iterdir()):
                 os.listdir(folder)  # one that may not be entered looks empty to glob
-            raise DataError(f"{root} holds {inside}, no data set known here: lay it out in one of these ways.{LAYOUTS}")
+            raise UserError(f"{root} holds {inside}, no data set known here: lay it out in one of these ways.{LAYOUTS}")
     except OSError as error:
-        raise DataError(f"{error.filename or root} can't be read ({error.strerror or error}): see to it.") from None
+        raise UserError(f"{error.filename or root} can't be read ({error.strerror or error}): see to it.") from None
     name = data if data in NAMES else root.resolve().name
     ours = any(sample.kinds[0] for sample in samples)  # generated scenes say the kind of each phrase
     if refs and refs[0].parent.name == "rrsisd" and name not in RELATIVES and not ours:
@@ -276,7 +259,7 @@ def missing_files(samples):
                 try:
                     inside[folder] = set(os.listdir(folder))
                 except PermissionError as error:
-                    raise DataError(f"{folder} can't be read ({error.strerror}): see to it.") from None
+                    raise UserError(f"{folder} can't be read ({error.strerror}): see to it.") from None
                 except (OSError, ValueError):  # no such folder, or NUL in its name
                     inside[folder] = set()
             if name not in inside[folder]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import resize_image
 from evaluate import autocast
-from layouts import DataError, clean_phrase
+from layouts import UserError, clean_phrase
 from raster import PlainImage, open_scene, pil_pixels
 
 LARGE = 2048  # pixels a side: beyond, a scene is tiled by itself
@@ -44,15 +44,15 @@ def segment(model, image, phrase, tile: int | None = None, tiling: str = "scene"
 
     image: a path, a PIL image or uint8 RGB (H, W, 3). phrase: a string. A list of images, of phrases or of both gives a
     list of masks; two lists are pairs. Images over LARGE pixels a side are cut into tiles by themselves, those over
-    `tile` where it is given; `tiling` is one of TILINGS, see the head of this file. DataError in one sentence.
+    `tile` where it is given; `tiling` is one of TILINGS, see the head of this file. UserError in one sentence.
     """
     if tiling not in TILINGS:
-        raise DataError(f"tiling {tiling!r} is unknown: it is one of {', '.join(TILINGS)}.")
+        raise UserError(f"tiling {tiling!r} is unknown: it is one of {', '.join(TILINGS)}.")
     many = [isinstance(x, (list, tuple)) for x in (image, phrase)]
     length = max((len(x) for x, listed in zip((image, phrase), many) if listed), default=1)
     images, phrases = (list(x) if listed else [x] * length for x, listed in zip((image, phrase), many))
     if len(images) != len(phrases):
-        raise DataError(f"{len(images)} images and {len(phrases)} phrases are no pairs: give as many of both.")
+        raise UserError(f"{len(images)} images and {len(phrases)} phrases are no pairs: give as many of both.")
     phrases = [clean_phrase(text, f"phrase {n}") for n, text in enumerate(phrases, start=1)]
     for note in filter(None, (cut_note(model, text) for text in phrases)):
         warnings.warn(note, stacklevel=3)
@@ -84,9 +84,9 @@ def as_scene(image):
         return PlainImage(pil_pixels(image))
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise DataError(f"An image is a path, a PIL image or a uint8 array (H, W, 3), not {found}.")
+        raise UserError(f"An image is a path, a PIL image or a uint8 array (H, W, 3), not {found}.")
     if 0 in image.shape:
-        raise DataError(f"The image is empty: its shape is {image.shape}.")
+        raise UserError(f"The image is empty: its shape is {image.shape}.")
     return PlainImage(image)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from layouts import DataError
+from layouts import UserError
 
 CHUNK = 1000  # polygons that are projected together: a call of the projection costs more than its points
 PIECE = 16  # pixels: longer edges are cut, since what is straight in one projection is bent in another
@@ -21,7 +21,7 @@ def write_polygons(mask_path: Path, path: Path, properties: dict) -> dict:
     """The mask GeoTIFF's foreground as GeoJSON (longitude, latitude), holes kept -> {"polygon_count", "area_m2"}.
 
     A feature's properties are the given ones and its own area_m2. The mask's file must have a coordinate system; one that
-    can't be led to WGS 84 is a DataError.
+    can't be led to WGS 84 is a UserError.
     """
     import rasterio
     from rasterio._err import CPLE_BaseError  # what a projection that fails raises; rasterio has no public name for it
@@ -42,7 +42,7 @@ def write_polygons(mask_path: Path, path: Path, properties: dict) -> dict:
                     out.write((",\n" if count else "\n") + json.dumps(feature, ensure_ascii=False))
                     count, total = count + 1, total + area
         except (rasterio.errors.RasterioError, rasterio.errors.CRSError, CPLE_BaseError) as error:
-            raise DataError(f"its coordinate system can't be led to WGS 84 ({str(error)[:100]})") from None
+            raise UserError(f"its coordinate system can't be led to WGS 84 ({str(error)[:100]})") from None
         out.write("\n]}\n")
     return {"polygon_count": count, "area_m2": round(total, 2)}
 

@@ -21,7 +21,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from drawing import SHAPES, ground, paint
+from synthetic_scenes.drawing import SHAPES, ground, paint
 
 # RRSIS-D's name -> RRSIS-D's id, name in a phrase, medium length and height in pixels of a 128-pixel image.
 CATEGORIES = {

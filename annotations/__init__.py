@@ -1,0 +1,1 @@
+"""Referring data sets on disk: layouts, masks, checks."""

@@ -1,0 +1,1 @@
+"""Studies of the method: ablation, language, probes, speed. Run as python -m experiments.NAME."""

@@ -1,0 +1,1 @@
+"""Images: pixels, rasters read by windows, tiles, results, pictures."""

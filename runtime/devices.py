@@ -1,0 +1,48 @@
+"""Which device computes, in which precision."""
+
+import contextlib
+import os
+
+import torch
+
+from runtime.errors import UserError
+
+
+def pick_device(gpus: int | None = None) -> torch.device:
+    """The CPU for 0, else a CUDA card: under torchrun one for each of its processes, whatever `gpus` says.
+
+    gpus: cards asked for; None: one where there is one. UserError where there are fewer.
+    """
+    there = torch.cuda.device_count()
+    gpus = min(there, 1) if gpus is None else gpus
+    if not gpus:
+        return torch.device("cpu")
+    launched = "LOCAL_WORLD_SIZE" in os.environ
+    gpus = int(os.environ.get("LOCAL_WORLD_SIZE", gpus))
+    if gpus > there:
+        flag = "--nproc-per-node" if launched else "--gpus"
+        raise UserError(f"{gpus} CUDA cards are asked for and this machine has {there}: use {flag} {there}")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the CUDA card computes in it, else float16."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(device: torch.device):
+    """Mixed precision on CUDA; nothing elsewhere: a laptop's CPU is slower in bfloat16 than in float32."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", dtype=compute_dtype())
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The tensors of a batch, moved; everything else as it is."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def default_workers() -> int:
+    """Processes that load data, for each process that computes on this machine: half its cores, at most 8."""
+    return min(8, (os.cpu_count() or 2) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

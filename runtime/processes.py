@@ -1,0 +1,86 @@
+"""The processes of a run, one a card (or several on a CPU), started by torchrun or by `launch`.
+
+Each finds its number, its rank, in the environment. Rank 0 alone prints and writes files.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args as torchrun_arguments
+from torch.distributed.run import run as torchrun
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def launched() -> bool:
+    """Whether this process is one of those that torchrun, or `launch`, has started."""
+    return "WORLD_SIZE" in os.environ
+
+
+@contextlib.contextmanager
+def process_group():
+    """Within it, the processes that torchrun has started know of each other; nothing changes where there is one.
+
+    What is printed on ranks other than 0 goes nowhere; messages on stderr are seen from all."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    # Gradients go by NCCL where there are cards; Python objects always by gloo, which can wait for a long download.
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+        yield
+        gather(None)  # nobody leaves before the last has come
+    dist.destroy_process_group()
+
+
+def gather(value) -> list:
+    """The values of all ranks, in their order, on every rank. All of them must call it."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """What is inside is done on rank 0, then on the others: what it downloads is there, what is wrong is said once."""
+    if rank():
+        gather(None)
+    yield
+    if not rank():
+        gather(None)
+
+
+def launch(processes: int) -> None:
+    """Run this program (a script or `python -m MODULE`, with its arguments) in several processes by torchrun.
+
+    When one ends badly torchrun stops the others, a sentence says which it was, and SystemExit has its exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the sentence below says it
+    module = sys.modules["__main__"].__spec__
+    command = ["-m", module.name] if module else [sys.argv[0]]
+    try:
+        torchrun(torchrun_arguments(["--standalone", f"--nproc-per-node={processes}", *command, *sys.argv[1:]]))
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:
+            name = signal.Signals(-code).name
+            print(f"the process of rank {number} was killed by {name}, and the others were stopped", file=sys.stderr)
+        sys.exit(code if code > 0 else 128 - code)

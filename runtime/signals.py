@@ -1,0 +1,39 @@
+"""What SIGTERM and Ctrl-C do to a run."""
+
+import contextlib
+import signal
+import sys
+
+
+class StopSignal:
+    """Within `deferred()` a signal is noted in `number`, for the loop to end by after its step; elsewhere all that is wanted
+    is on disk, and it ends the program at once, with exit code 143 (SIGTERM) or 130 (Ctrl-C)."""
+
+    def __init__(self):
+        self.number, self.patient = 0, False
+
+    def watch(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, _) -> None:
+        self.number = number
+        if not self.patient:
+            self.exit()
+
+    def exit(self) -> None:
+        sys.exit(128 + self.number)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+
+
+def ignore_signals(_worker: int) -> None:
+    """For a DataLoader's workers, which the process that trains ends itself."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

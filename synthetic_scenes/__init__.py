@@ -1,0 +1,1 @@
+"""Generated overhead scenes with referring phrases: objects, phrases, drawing."""

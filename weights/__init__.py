@@ -1,0 +1,1 @@
+"""Weights from files and by name: published names, foundation models, checkpoints."""
