@@ -38,19 +38,18 @@ def outlined(image: np.ndarray, mask: np.ndarray, colour=(255, 220, 0), width: i
 
 
 def captioned(image: np.ndarray, text: str, below: bool = False, lines: int = 1, size: int = 14) -> np.ndarray:
-    """The picture with a white strip above it (or below) that holds the text in at most `lines` lines of letters of `size`
-    pixels; what does not fit is cut with "...". The height of the strip depends on `lines` and `size` alone.
+    """The picture with a white strip above it (or below) that holds the text.
 
+    The text has letters of `size` pixels and at most `lines` lines, as many as it needs; "..." stands for the rest of it.
     Pillow's own font has the letters of ASCII: accents are left out and "?" stands for every other letter.
     """
     font = ImageFont.load_default(size)
     letters = unicodedata.normalize("NFKD", " ".join(text.split()))
     letters = "".join(c for c in letters if not unicodedata.combining(c)).encode("ascii", "replace").decode()
-    strip = Image.new("RGB", (image.shape[1], (size + 6) * lines + 6), "white")
-    if letters:
-        fit = int((strip.width - 12) * len(letters) / font.getlength(letters) * 0.95)  # letters to a line, on average
-        rows = textwrap.wrap(letters, max(3, fit), max_lines=lines, placeholder="...")
-        ImageDraw.Draw(strip).multiline_text((6, 3), "\n".join(rows), "black", font, spacing=4)
+    fit = 0.95 * (image.shape[1] - 12) * len(letters) / max(1, font.getlength(letters))  # letters to a line, on average
+    rows = textwrap.wrap(letters, max(3, int(fit)), max_lines=lines, placeholder="...") or [""]
+    strip = Image.new("RGB", (image.shape[1], (size + 6) * len(rows) + 6), "white")
+    ImageDraw.Draw(strip).multiline_text((6, 3), "\n".join(rows), "black", font, spacing=4)
     return np.concatenate([image, np.asarray(strip)] if below else [np.asarray(strip), image])
 
 
