@@ -1,1 +1,1 @@
-"""Studies of the method: ablation, language, probes, speed. Run as python -m experiments.NAME."""
+"""What the parts of the method are worth, what a model makes of language, and how fast it is: python -m experiments.NAME."""

@@ -1,1 +1,1 @@
-"""Generated overhead scenes with referring phrases: objects, phrases, drawing."""
+"""Generated overhead scenes with referring phrases: objects and their predicates, phrases, drawing, scenes on disk."""

@@ -1,4 +1,4 @@
-"""How generated scenes look: the shapes of their objects and the ground below. scenes.py says what is in one, and where."""
+"""Shapes of the objects of generated scenes, and the ground below them, as arrays of colour."""
 
 import math
 
@@ -8,20 +8,23 @@ import numpy as np
 # Shapes --------------------------------------------------------------------------------------------
 
 def box(x0, y0, x1, y1):
+    """A rectangle as a polygon (4, 2)."""
     return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
 
 
 def oval(x, y, rx, ry, start=0, stop=360, n=40):
+    """The arc of an ellipse between two angles in degrees, as a polygon (n, 2)."""
     a = np.radians(np.linspace(start, stop, n))
     return np.stack([x + rx * np.cos(a), y + ry * np.sin(a)], 1)
 
 
 def mirror(*half):
-    """Closes half an outline (y >= 0, from front to back) with its mirror image."""
+    """Half an outline (y >= 0, from front to back) and its mirror image: a polygon (2n, 2)."""
     return np.concatenate([half, np.array(half)[::-1] * (1, -1)])
 
 
 def spin(polygon, degrees):
+    """The polygon turned about the origin."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return polygon @ np.array([(c, s), (-s, c)])
 
