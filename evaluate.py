@@ -26,13 +26,15 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import UserError, load_checkpoint
 from data import Collate, open_dataset
-from layouts import UserError, UserError
+from imagery.pictures import captioned, fitted, grid, lit
 from model import count_parameters
-from processes import gather, process_group, rank, rank_0_first, world_size
-from runs import UserError, UserError, default_workers, free_path, pick_device, write_whole
-from stopping import leave_signals, one_sentence
+from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
+from runtime.errors import UserError, exit_on_user_error
+from runtime.processes import gather, process_group, rank, rank_0_first, world_size
+from runtime.run_folder import free_path, write_whole
+from runtime.signals import ignore_signals
+from weights.checkpoints import load_checkpoint
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 PROTOCOLS = ("ours", "paper")
@@ -115,23 +117,6 @@ def masks_at(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     return (F.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0] > 0).cpu().numpy()
 
 
-def to_device(batch: dict, device) -> dict:
-    """The tensors of a batch, moved; the rest as it is."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
-def compute_dtype() -> torch.dtype:
-    """bfloat16 where the CUDA card computes in it, else float16."""
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def autocast(device: torch.device):
-    """Mixed precision where it pays: on CUDA. A laptop's CPU is slower in bfloat16 than in float32."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=compute_dtype())
-
-
 @torch.inference_mode()
 def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", forward=None) -> list[dict]:
     """Run the model over a data set -> one row a sample: id, file, phrase, kind, category, intersection, union, iou,
@@ -140,12 +125,12 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
     The model is put into evaluation mode and back. `forward` is what is called instead of it (its compiled form).
     Several processes take whole batches in turn, the same ones whatever their number, and each returns all rows.
     """
-    device = next(model.parameters()).device
-    size = len(dataset)
+    device, size = next(model.parameters()).device, len(dataset)
+    forward = model if forward is None else forward  # not `or`: a compiled module has no truth value
     batches = [range(i, min(i + batch_size, size)) for i in range(0, size, batch_size)][rank() :: world_size()]
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=Collate(model.union_encoder.tokenizer),
-        pin_memory=device.type == "cuda", worker_init_fn=leave_signals,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
     )  # fmt: skip
     rows, was_training = {}, model.training
     model.eval()
@@ -153,7 +138,7 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
         batch = to_device(batch, device)
         images = model.normalise(batch["image"], batch["encoder_image"])
         with autocast(device) if protocol == "ours" else contextlib.nullcontext():
-            output = (forward or model)(*images, batch["ids"], batch["lengths"])
+            output = forward(*images, batch["ids"], batch["lengths"])
         for i, logits in enumerate(output.logits.float().split(1)):
             target = batch["mask"][i] if protocol == "ours" else batch["target"][i]
             prediction, truth = masks_at(logits, target.shape), target.cpu().numpy()
@@ -178,20 +163,6 @@ def table(scores: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def picture(image: np.ndarray, masks: list[np.ndarray], phrase: str, note: str, size: int = 256) -> np.ndarray:
-    """One row of a panel: the image, and what each mask lights of it, under a line of text.
-
-    image uint8 RGB, masks float (h, w) in [0, 1] -> uint8 RGB (size + 28, n * size, 3)."""
-    cells = [cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)]
-    for mask in masks:
-        mask = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)[..., None]
-        cells.append((cells[0] * (0.2 + 0.8 * mask)).astype(np.uint8))
-    text = np.full((28, size * len(cells), 3), 255, np.uint8)
-    line = f"{note}  {phrase}".encode("ascii", "replace").decode()
-    cv2.putText(text, line, (6, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([text, np.concatenate(cells, axis=1)])
-
-
 @torch.inference_mode()
 def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
     """A PNG with one row a sample: image, truth, pseudo-mask (where the model has one), prediction; IoU and phrase above."""
@@ -206,9 +177,10 @@ def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
         prediction = masks_at(output.logits.float(), truth.shape)
         pseudo = [] if output.pseudo_mask is None else [output.pseudo_mask.float().sigmoid()[0, 0].cpu().numpy()]
         iou = float(sample_iou(*iou_counts(prediction, truth), "ours"))
-        image = batch["image"][0].permute(1, 2, 0).cpu().numpy()
-        rows.append(picture(image, [truth, *pseudo, prediction], batch["phrase"][0], f"IoU {iou:.2f}"))
-    _, png = cv2.imencode(".png", cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR))
+        image = fitted(batch["image"][0].permute(1, 2, 0).cpu().numpy(), 256, 256)
+        cells = [image, *(lit(image, mask) for mask in (truth, *pseudo, prediction))]
+        rows.append([captioned(grid([cells]), f"IoU {iou:.2f}  {batch['phrase'][0]}")])
+    _, png = cv2.imencode(".png", cv2.cvtColor(grid(rows), cv2.COLOR_RGB2BGR))
     write_whole(path, lambda file: file.write(png.tobytes()))
     model.train(was_training)
 
@@ -223,14 +195,14 @@ def best_median_worst(rows: list[dict], n: int) -> list[int]:
     return order[:best] + order[start : start + middle] + (order[-worst:] if worst else [])
 
 
-def report(rows: list[dict], protocol: str) -> dict:
-    """Everything that is said of a run: {"scores", "by kind", "by size", "by category"}."""
+def results_by_group(rows: list[dict], protocol: str) -> dict:
+    """All scores of a data set: {"scores", "by kind", "by size", "by category"}."""
     groups = {f"by {key}": by_group(rows, key, protocol) for key in ("kind", "size", "category")}
     scores = summarise_rows(rows, protocol) | bootstrap(rows, protocol)
     return {"scores": scores} | {k: v for k, v in groups.items() if v}
 
 
-def print_report(result: dict) -> None:
+def print_results(result: dict) -> None:
     rows = {"all": result["scores"]}
     for group in ("by kind", "by size", "by category"):
         rows |= result.get(group, {})
@@ -251,7 +223,7 @@ def main() -> None:
     add("--panels", type=int, default=0, metavar="N", help="write pictures of N best, median and worst cases")
     add("--skip-missing", action="store_true", help="leave out samples whose files are missing")
     args = parser.parse_args()
-    with one_sentence("evaluate.py", (UserError, UserError, UserError), (UserError,)), process_group():
+    with process_group(), exit_on_user_error("evaluate.py"):
         evaluate(args)
 
 
@@ -267,9 +239,9 @@ def evaluate(args: argparse.Namespace) -> None:
     rows = score(model, dataset, args.protocol, workers=default_workers())
     if rank():
         return
-    result = report(rows, args.protocol)
+    result = results_by_group(rows, args.protocol)
     print(f"{args.ckpt} on {data}, split {dataset.split}, protocol {args.protocol}")
-    print_report(result)
+    print_results(result)
     if args.json:
         facts = {k: checkpoint[k] for k in ("model_name", "revision", "epoch")}
         facts["parameters"] = count_parameters(model)["total"]
@@ -289,17 +261,7 @@ def open_for(model, checkpoint: dict, args: argparse.Namespace, **options):
     if data is None:
         raise UserError(f"{args.ckpt} holds published weights, which name no data set: give it with --data")
     sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
-    return data, open_split(data, args.split, **sizes, **options)
-
-
-def open_split(data: str, split: str | None, **options):
-    """The split asked for; without one the test split, or the validation split where the data set has no test."""
-    if split:
-        return open_dataset(data, split, **options)
-    try:
-        return open_dataset(data, "test", **options)
-    except UserError:
-        return open_dataset(data, "val", **options)
+    return data, open_dataset(data, args.split, **sizes, **options)
 
 
 if __name__ == "__main__":

@@ -46,3 +46,17 @@ def to_device(batch: dict, device: torch.device) -> dict:
 def default_workers() -> int:
     """Processes that load data, for each process that computes on this machine: half its cores, at most 8."""
     return min(8, (os.cpu_count() or 2) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+@contextlib.contextmanager
+def card_failures():
+    """What fails in training on a card alone, as a UserError with exit code 1."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        sentence = "the card's memory is full: raise --accumulate, or try --checkpoint-activations or a smaller --set image_size"
+        raise UserError(sentence, exit_code=1) from None
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        sentence = f"torch.compile failed ({reason}): install what it misses, often a C compiler, or train without it, slower, by "
+        raise UserError(sentence + "TORCH_COMPILE_DISABLE=1 in the environment", exit_code=1) from error

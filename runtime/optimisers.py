@@ -27,6 +27,14 @@ class AveragedWeights:
         for k, p in self.live.items():
             p.data, self.mean[k] = self.mean[k], p.data
 
+    def state_dict(self) -> dict:
+        return {"mean": self.mean, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]
+        for k, v in state["mean"].items():
+            self.mean[k].copy_(v)
+
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """The nearest matrices with orthonormal rows or columns, nearly: U V^T of U S V^T. (N, r, c) -> (N, r, c).

@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args as torchrun_arguments
 from torch.distributed.run import run as torchrun
+
+from runtime.errors import UserError
 
 
 def rank() -> int:
@@ -32,7 +36,8 @@ def launched() -> bool:
 
 @contextlib.contextmanager
 def process_group():
-    """Within it, the processes that torchrun has started know of each other; nothing changes where there is one.
+    """Within it, the processes that torchrun has started know of each other, and with its end each of them ends; nothing
+    changes where there is one process.
 
     What is printed on ranks other than 0 goes nowhere; messages on stderr are seen from all."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -41,10 +46,22 @@ def process_group():
     # Gradients go by NCCL where there are cards; Python objects always by gloo, which can wait for a long download.
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
-        yield
-        gather(None)  # nobody leaves before the last has come
-    dist.destroy_process_group()
+    code = 1
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+            yield
+            gather(None)  # nobody leaves before the last has come
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except RuntimeError:
+        time.sleep(5)  # where the end of another process broke a collective here, that one's message is the one to read
+        traceback.print_exc()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # the group's threads may abort the interpreter's own end
 
 
 def gather(value) -> list:
@@ -63,6 +80,24 @@ def rank_0_first():
     yield
     if not rank():
         gather(None)
+
+
+def processes_for(gpus: int | None, most_on_cpu: int, batch: int, parts: int) -> int:
+    """How many processes share a batch that each computes in `parts` parts: one a card (gpus; None: one where there is one), or
+    on a CPU the most that divide it, up to `most_on_cpu` and the cores. UserError where the batch can't be divided evenly."""
+    if launched():
+        processes = world_size()
+    elif gpus is not None or torch.cuda.is_available():
+        processes = gpus or 1
+    else:
+        most = min(most_on_cpu, os.cpu_count() or 1)
+        processes = next(n for n in range(most, 0, -1) if n == 1 or batch % (n * parts) == 0)
+    if batch % (processes * parts):
+        raise UserError(
+            f"a batch of {batch} can't be divided evenly by {processes} process{'es' * (processes > 1)} with --accumulate "
+            f"{parts}: make --batch-size a multiple of {processes * parts}"
+        )
+    return processes
 
 
 def launch(processes: int) -> None:

@@ -31,6 +31,8 @@ class StopSignal:
             yield
         finally:
             self.patient = False
+        if self.number:
+            self.exit()
 
 
 def ignore_signals(_worker: int) -> None:

@@ -186,3 +186,10 @@ def make_scenes(
     except OSError as error:
         raise UserError(f"{root} can't be written ({error.strerror or error}): make room there", exit_code=1) from None
     return root
+
+
+def ensure_scenes(root: Path, **options) -> None:
+    """`make_scenes` where there is no folder `root` yet."""
+    if not root.exists():
+        print(f"generating scenes under {root} (once, a minute or two)", flush=True)
+        make_scenes(root, **options)
