@@ -297,7 +297,7 @@ def open_clip_model(model: str | dict, tag: str | None = None, image_size: int |
     The pretrained tag decides image normalisation and activation (OpenAI's weights use QuickGELU). Only names whose towers
     are open_clip's own ViT and text transformer with its byte-pair tokeniser are accepted (about 32); UserError else.
     """
-    config = dict(model) if isinstance(model, dict) else open_clip_config(model)
+    config = open_clip_config(model)
     vision = config["vision_cfg"]
     if image_size and image_size % (patch := vision["patch_size"]):
         name = "the preset's encoder" if isinstance(model, dict) else model
@@ -310,17 +310,20 @@ def open_clip_model(model: str | dict, tag: str | None = None, image_size: int |
     return clip
 
 
-def open_clip_config(model: str) -> dict:
-    """The arguments of open_clip.CLIP for the name of a plain model; UserError for other names."""
-    config = open_clip.get_model_config(model)
-    if config is None:
+def open_clip_config(model: str | dict) -> dict:
+    """The arguments of open_clip.CLIP for a plain model's name, or those given; UserError for what is not plain.
+
+    Other towers, and names with a scheme such as hf-hub:, would be fetched when they are built.
+    """
+    if isinstance(model, str) and model not in open_clip.list_models():
         listing = "python -c 'import open_clip; print(open_clip.list_models())'"
-        raise UserError(f"open_clip has no model {model!r}: `{listing}`")
+        raise UserError(f"open_clip has no model {model!r}: choose one that `{listing}` lists")
+    config = open_clip.get_model_config(model) if isinstance(model, str) else dict(model)
     vision, text = config["vision_cfg"], config["text_cfg"]
     others = config.get("custom_text") or {"hf_model_name", "hf_tokenizer_name"} & text.keys()
     if others or "timm_model_name" in vision or not isinstance(vision.get("layers"), int):
         raise UserError(
-            f"open_clip's {model} is not made of its own ViT and text transformer with the byte-pair tokeniser: choose a "
-            f"plain one such as ViT-B-32, ViT-B-16 or ViT-L-14"
+            f"open_clip's {model if isinstance(model, str) else 'model of this preset'} is not made of its own ViT and text "
+            f"transformer with the byte-pair tokeniser: choose a plain one such as ViT-B-32, ViT-B-16 or ViT-L-14"
         )
     return config

@@ -42,9 +42,25 @@ class Output(NamedTuple):
     text_weight: Tensor  # (B,) the boundary loss's weight of each phrase (`losses.boundary` takes it for its logarithm)
 
 
+def check_sides(preset: Preset) -> None:
+    """UserError for sides of images that the networks can't take."""
+    if preset.image_size % 32 or not 0 < preset.image_size <= LARGEST_SIDE:
+        raise UserError(f"image size {preset.image_size}: SAM 2's windows need a multiple of 32, up to {LARGEST_SIDE}")
+    if preset.encoder_size is not None and not 0 < preset.encoder_size <= LARGEST_SIDE:
+        raise UserError(f"encoder size {preset.encoder_size}: the union encoder takes 1 to {LARGEST_SIDE} pixels a side")
+
+
 def build_image_encoder(preset: Preset) -> nn.Module:
-    """SAM 2's image encoder (Hiera trunk and neck) of the preset's YAML file, with random weights."""
-    config = OmegaConf.load(Path(sam2.__file__).parent / "configs" / preset.sam2).model.image_encoder
+    """SAM 2's image encoder (Hiera trunk and neck) of the preset's YAML file, with random weights; UserError.
+
+    Hydra would import and call what a text in the trunk's settings names, so they are numbers and lists of numbers alone.
+    """
+    configs, changes = Path(sam2.__file__).parent / "configs", [*preset.trunk.values(), *preset.decoder.values()]
+    if configs / preset.sam2 not in configs.rglob("*.yaml"):
+        raise UserError(f"preset's sam2 {preset.sam2!r} is no YAML file under the sam2 package's configs/: name one of these")
+    if not all(isinstance(n, (int, float)) for v in changes for n in (v if isinstance(v, (list, tuple)) else [v])):
+        raise UserError("the preset's trunk and decoder hold something else than numbers and lists of numbers: correct them")
+    config = OmegaConf.load(configs / preset.sam2).model.image_encoder
     config.trunk = OmegaConf.merge(config.trunk, preset.trunk)
     config.neck.d_model = preset.decoder["dim"]
     config.neck.position_encoding.warmup_cache = False  # it would be warmed on a CUDA card, whatever the model's device
@@ -67,13 +83,12 @@ class RS2SAM2(nn.Module):
 
     forward(image (B, 3, S, S), encoder_image (B, 3, E, E), ids (B, L) int64, lengths (B,) int64) -> Output.
     Images are float and normalised (see `normalise`); ids and lengths come from `union_encoder.tokenizer`.
-    UserError for an image size that SAM 2's windows can't take.
+    UserError for settings of the preset that no network has.
     """
 
     def __init__(self, preset: Preset, union_encoder: nn.Module | None = None):
         super().__init__()
-        if preset.image_size % 32 or not 0 < preset.image_size <= LARGEST_SIDE:
-            raise UserError(f"image size {preset.image_size}: SAM 2's windows need a multiple of 32, up to {LARGEST_SIDE}")
+        check_sides(preset)
         self.preset = preset
         architecture, dim, heads = preset.architecture, preset.decoder["dim"], preset.decoder["heads"]
 
@@ -95,7 +110,9 @@ class RS2SAM2(nn.Module):
         nn.init.trunc_normal_(self.no_mem_embed, std=0.02)
         self.decoder_fusion = DecoderFusion(dim, architecture=architecture)
         side, size = preset.image_size // 16, preset.image_size
-        self.prompt_encoder = PromptEncoder(dim, image_embedding_size=(side, side), input_image_size=(size, size), mask_in_chans=16)
+        self.prompt_encoder = PromptEncoder(
+            dim, image_embedding_size=(side, side), input_image_size=(size, size), mask_in_chans=16
+        )
         self.mask_decoder = MaskDecoder(
             transformer=TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=heads, mlp_dim=preset.decoder["mlp"]),
             transformer_dim=dim, use_high_res_features=True, iou_prediction_use_sigmoid=True, pred_obj_scores=True,
