@@ -1,8 +1,8 @@
 """SAM 2's own training in miniature: a SAM 2 of `tiny`'s size learns to segment what a click or a box points at.
 
-    python tools/pretrain.py --out runs/sam2-tiny.pt        writes a file in SAM 2's format; minutes on two cores
-    python train.py --sam2 runs/sam2-tiny.pt                trains `tiny` around that image encoder, which stays frozen
-    python tools/ablate.py --out runs/frozen -- --sam2 runs/sam2-tiny.pt
+    python -m experiments.pretrain --out runs/sam2-tiny.pt        writes a file in SAM 2's format; minutes on two cores
+    python train.py --sam2 runs/sam2-tiny.pt                      trains `tiny` around that image encoder, which stays frozen
+    python -m experiments.ablate --out runs/frozen -- --sam2 runs/sam2-tiny.pt
 
 The method takes SAM 2's image encoder as it is and never trains it, whereas `tiny` without --sam2 learns its own. With this
 file the method can be studied on a laptop in the paper's regime. No phrase is seen here, no category and no scene of
@@ -11,31 +11,31 @@ first answer goes in again as the mask prompt, with a click at a wrong pixel.
 """
 
 import argparse
-import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data import Collate, open_dataset  # noqa: E402
-from evaluate import iou_counts, masks_at, summarise, to_device  # noqa: E402
-from layouts import UserError  # noqa: E402
-from losses import cross_entropy, dice  # noqa: E402
-from model import PRESETS, RS2SAM2  # noqa: E402
-from processes import Stream  # noqa: E402
-from recipe import RECIPES, Average, optimizer_for, set_rates  # noqa: E402
-from runs import UserError, UserError, default_workers, number, pick_device, write_checkpoint  # noqa: E402
-from scenes import make_scenes  # noqa: E402
-from weights import our_name  # noqa: E402
+from data import Collate, TrainingOrder, open_dataset
+from evaluate import iou_counts, masks_at, summarise
+from experiments.stand_ins import leave_out
+from losses import cross_entropy, dice
+from model import RS2SAM2
+from presets import PRESETS, RECIPES
+from runtime.arguments import at_least
+from runtime.devices import default_workers, pick_device, to_device
+from runtime.errors import UserError, exit_on_user_error
+from runtime.optimisers import AveragedWeights
+from runtime.run_folder import write_checkpoint
+from synthetic_scenes.scenes import ensure_scenes
+from train import learning_rate, optimizer_for
+from weights.names import our_name
 
 SCENES = Path("data/scenes-clicks")
 AWAY, TOWARDS, CORNERS, NOTHING = 0, 1, (2, 3), -1  # SAM 2's labels of points
@@ -43,13 +43,22 @@ ADDED = ("fusion", "decoder-fusion", "mask-prompt", "boundary")  # what the meth
 
 
 def bare_sam2() -> RS2SAM2:
-    """`tiny` without what the method adds, all of SAM 2 in it trained, the parts that only clicks and boxes need, too."""
-    model = RS2SAM2(replace(PRESETS["tiny"], train_trunk=True, without=ADDED))
-    for part in (model.union_encoder, model.sparse_prompt):
-        part.requires_grad_(False)  # not used here
+    """`tiny` without what the method adds; all of SAM 2 in it is trained, with the parts that only clicks and boxes need."""
+    model = RS2SAM2(replace(PRESETS["tiny"], train_trunk=True))
+    leave_out(model, ADDED)
+    model.dense_prompt = PreviousMask()
+    for unused in (model.union_encoder, model.sparse_prompt, model.text_features):
+        unused.requires_grad_(False)
     for part in (model.prompt_encoder, model.mask_decoder.output_hypernetworks_mlps[0]):
         part.requires_grad_(True)
     return model
+
+
+class PreviousMask(nn.Module):
+    """For the DensePrompt: an answer's logits as they are, or None. SAM 2's mask path takes both."""
+
+    def forward(self, logits: Tensor | None, side: int) -> Tensor | None:
+        return logits  # (B, 1, side, side)
 
 
 def click(where: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
@@ -85,13 +94,13 @@ def correction(masks: Tensor, answers: Tensor, rng: np.random.Generator) -> tupl
 
 
 def answer(model: RS2SAM2, stages: list[Tensor], points: Tensor, labels: Tensor, before: Tensor | None) -> Tensor:
-    """SAM 2 asked by points (B, N, 2) with labels (B, N), and by its answer before, logits (B, 1, S/4, S/4) -> the same."""
+    """SAM 2's logits (B, 1, S/4, S/4) for points (B, N, 2) with labels (B, N) and the logits it gave before, or None."""
     sparse, _ = model.prompt_encoder(points=(points, labels), boxes=None, masks=None)  # (B, N + 1, C)
     return model.decode(*stages, None, None, before, sparse)  # (B, 1, S/4, S/4)
 
 
 def both_answers(model: RS2SAM2, batch: dict, rng: np.random.Generator) -> list[Tensor]:
-    """-> logits (B, 1, S/4, S/4) of the answer to a prompt, and of its correction"""
+    """The logits (B, 1, S/4, S/4) for a prompt, and for that with its correction."""
     target = batch["target"]  # (B, S, S)
     image, _ = model.normalise(batch["image"], batch["encoder_image"])  # (B, 3, S, S)
     fine, middle, embedding, _ = model.neck(model.image_encoder(image, None))[0]  # (B, C, S/4, S/4), (B, C, S/8, S/8), ..
@@ -127,25 +136,26 @@ def sam2_state(model: RS2SAM2) -> dict[str, Tensor]:
     return state
 
 
-def batches(dataset, model: RS2SAM2, samples: int | None, seed: int, batch_size: int):
-    """Batches of so many samples in all, of one pass for None, on the model's device."""
+def batches(dataset, model: RS2SAM2, **options):
+    """Batches of a DataLoader with these options, on the model's device."""
     device = next(model.parameters()).device
     dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
-    loader = DataLoader(dataset, batch_size, sampler=Stream(len(dataset), seed, 0, samples or len(dataset)),
-                        num_workers=default_workers(), collate_fn=Collate(model.union_encoder.tokenizer))  # fmt: skip
-    for batch in loader:
+    collate = Collate(model.union_encoder.tokenizer)
+    for batch in DataLoader(dataset, num_workers=default_workers(), collate_fn=collate, **options):
         yield to_device(batch, device)
 
 
 def train(model: RS2SAM2, dataset, samples: int, seed: int) -> None:
     """By the recipe of `tiny`; the averaged weights remain."""
     recipe = RECIPES["tiny"]
-    optimizer, average = optimizer_for(model, recipe, recipe.lr), Average(model, recipe.ema)
+    optimizer, average = optimizer_for(model, recipe), AveragedWeights(model, recipe.ema)
     rng, done = np.random.default_rng(seed), 0
+    order = TrainingOrder(len(dataset), seed, 0, samples, recipe.batch_size)
     model.train()
     with tqdm(total=samples, unit="img", disable=None) as bar:
-        for batch in batches(dataset, model, samples, seed, recipe.batch_size):
-            set_rates(optimizer, recipe.schedule, done / samples, epoch=0)
+        for batch in batches(dataset, model, batch_sampler=order):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(recipe, done / samples, epoch=0)
             answers = both_answers(model, batch, rng)
             total = sum(loss(logits, batch["target"]) for logits in answers) / len(answers)
             total.backward()
@@ -164,42 +174,42 @@ def validate(model: RS2SAM2, dataset, seed: int) -> list[float]:
     """mIoU in per cent of the first answers, and of the corrected ones."""
     rng, found = np.random.default_rng(seed), ([], [])
     model.eval()
-    for batch in batches(dataset, model, None, seed, batch_size=8):
+    for batch in batches(dataset, model, batch_size=8):
         for logits, counts in zip(both_answers(model, batch, rng), found):
             for one, mask in zip(logits.split(1), batch["mask"]):
                 counts.append(iou_counts(masks_at(one, mask.shape), mask.numpy()))
     return [summarise(*zip(*counts))["mIoU"] for counts in found]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, integer = parser.add_argument, partial(partial, number, int)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
     add("--out", type=Path, default=Path("runs/sam2-tiny.pt"), metavar="FILE", help="default: runs/sam2-tiny.pt")
     add("--data", help=f"data set by name or path (default: scenes of its own, generated as {SCENES})")
-    add("--samples", type=integer(1), default=40_000, help="targets to train on (default: 40000)")
-    add("--seed", type=integer(0), default=0, help="of initial weights, order and prompts (default: 0)")
-    args = parser.parse_args()
+    add("--samples", type=at_least(int, 1), default=40_000, help="targets to train on (default: 40000)")
+    add("--seed", type=at_least(int, 0), default=0, help="of initial weights, order and prompts (default: 0)")
+    args = parser.parse_args(arguments)
+    if args.out.exists():
+        raise UserError(f"{args.out} exists already: name another --out")
+    if not args.data:
+        ensure_scenes(SCENES, test=0, seed=1)
+    sets = [open_dataset(args.data or str(SCENES), split, one_phrase=True, seed=args.seed) for split in ("train", "val")]
     try:
-        if args.out.exists():
-            raise UserError(f"{args.out} exists already: name another --out")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        if not args.data and not SCENES.exists():
-            print(f"generating scenes under {SCENES} (once, a minute or two)", flush=True)
-            make_scenes(SCENES, test=0, seed=1)
-        data = args.data or str(SCENES)
-        sets = [open_dataset(data, split, one_phrase=True, seed=args.seed) for split in ("train", "val")]
-        torch.manual_seed(args.seed)
-        model, start = bare_sam2().to(pick_device(None)), time.perf_counter()
-        train(model, sets[0], args.samples, args.seed)
-        minutes = (time.perf_counter() - start) / 60
-        write_checkpoint(args.out, {"model": sam2_state(model)})
-        print(f"{args.samples:,} samples in {minutes:.1f} minutes; wrote {args.out}", flush=True)
-        first, corrected = validate(model, sets[1], args.seed)
-        print(f"validation mIoU {first:.2f} of a click or box, {corrected:.2f} corrected once")
-    except (UserError, UserError, UserError, OSError) as error:
-        print(f"pretrain.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        raise UserError(f"{args.out} can't be written ({error.strerror}): choose another --out", exit_code=1) from None
+    torch.manual_seed(args.seed)
+    model, start = bare_sam2().to(pick_device()), time.perf_counter()
+    train(model, sets[0], args.samples, args.seed)
+    minutes = (time.perf_counter() - start) / 60
+    write_checkpoint(args.out, {"model": sam2_state(model)})
+    print(f"{args.samples:,} samples in {minutes:.1f} minutes; wrote {args.out}", flush=True)
+    first, corrected = validate(model, sets[1], args.seed)
+    print(f"validation mIoU {first:.2f} of a click or box, {corrected:.2f} corrected once")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error("pretrain"):
+        main()
