@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fusion import BidirectionalAdapter, TextToVisionAdapter
 from model import RS2SAM2
 from runtime.errors import UserError
-from weights.checkpoints import read_checkpoint, rebuild
+from weights.checkpoints import load_checkpoint, read_checkpoint
 
 # Name of what can be left out -> what that is.
 CHOICES = {
@@ -137,6 +137,5 @@ def losses_without(coefficients: dict[str, float], parts: Collection[str]) -> di
 
 def load(path, device: torch.device | str = "cpu") -> tuple[RS2SAM2, dict]:
     """As weights.checkpoints.load_checkpoint, of an ablation's checkpoint too: (model in evaluation mode, checkpoint)."""
-    checkpoint = read_checkpoint(path)
-    edit = partial(leave_out, parts=checkpoint.get("left_out") or ())
-    return rebuild(checkpoint, edit=edit, path=path).to(device).eval(), checkpoint
+    left_out = read_checkpoint(path).get("left_out") or ()
+    return load_checkpoint(path, device, edit=partial(leave_out, parts=left_out))

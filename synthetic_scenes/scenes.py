@@ -193,10 +193,3 @@ def ensure_scenes(root: Path, **options) -> None:
     if not root.exists():
         print(f"generating scenes under {root} (once, a minute or two)", flush=True)
         make_scenes(root, **options)
-
-
-def ensure_scenes(root, **options) -> None:
-    """Writes scenes below root, as make_scenes does with these options, where that does not exist."""
-    if not Path(root).exists():
-        print(f"generating scenes under {root} (once, a minute or two)", flush=True)
-        make_scenes(root, **options)
