@@ -1,16 +1,14 @@
 """Models without trained weights, and what can be counted of them without a device: FLOPs, bytes, the batch that fits.
 
-    python tools/counting.py            a Markdown table of all presets, in a few minutes
+    python -m experiments.counting            a Markdown table of all presets, in a few minutes
 
 The model runs on fake tensors, which have shapes and no content, so any preset is counted on any machine in seconds.
 """
 
 import contextlib
 import math
-import sys
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,25 +16,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from checkpoints import Unfilled  # noqa: E402
-from losses import total_loss  # noqa: E402
-from model import PRESETS, RS2SAM2, Output, count_parameters  # noqa: E402
-from recipe import RECIPES  # noqa: E402
+from losses import total_loss
+from model import RS2SAM2, count_parameters
+from presets import PRESETS, RECIPES
+from weights.checkpoints import skip_initialisation
 
 LENGTH = 32  # text tokens, as most phrases are padded to
 CARDS = (16, 24, 80)  # GB
-# What a card's memory is not there for: the CUDA context and the kernels' workspaces; and the gaps between tensors.
+# Memory of a card that tensors can't have: the CUDA context and the kernels' workspaces; and the gaps between tensors.
 CONTEXT, GAPS = 0.8 * 2**30, 1.05
 
 
+def blank_model(name: str, image_size: int | None) -> RS2SAM2:
+    """A preset whose parameters have no values yet."""
+    with skip_initialisation():
+        return RS2SAM2(replace(PRESETS[name], image_size=image_size or PRESETS[name].image_size))
+
+
 def random_model(name: str, image_size: int | None, seed: int) -> RS2SAM2:
-    """A preset with cheap random weights: uniform with variance 1 / fan-in; the tokeniser is a stand-in for BEiT-3's."""
-    preset = PRESETS[name]
+    """A preset with cheap random weights: uniform with variance 1 / fan-in; BEiT-3 gets `words_as_ids` for a tokeniser."""
     torch.manual_seed(seed)
-    with Unfilled():
-        model = RS2SAM2(replace(preset, image_size=image_size or preset.image_size))
+    model = blank_model(name, image_size)
     for module in model.modules():
         for key, p in module.named_parameters(recurse=False):
             if p.dim() > 1:
@@ -49,7 +49,7 @@ def random_model(name: str, image_size: int | None, seed: int) -> RS2SAM2:
 
 
 def words_as_ids(phrases: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, L) ids that mean nothing, one a word: BEiT-3's tokeniser comes with its weights, and none are read here."""
+    """(B, L) ids that mean nothing, one a word, and lengths (B,): BEiT-3's tokeniser comes with its weights."""
     lengths = torch.tensor([min(len(p.split()), LENGTH - 2) + 2 for p in phrases])  # (B,)
     return torch.where(torch.arange(LENGTH) < lengths[:, None], 4, 3), lengths
 
@@ -72,7 +72,7 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.live, self.peak, self.known = 0, 0, set()
 
-    def gone(self, key: int, size: int) -> None:
+    def forget(self, key: int, size: int) -> None:
         self.live -= size
         self.known.discard(key)
 
@@ -84,25 +84,18 @@ class Live(TorchDispatchMode):
                 self.known.add(key)
                 self.live += size
                 self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self.gone, key, size)
+                weakref.finalize(storage, self.forget, key, size)
         return out
 
 
 @contextlib.contextmanager
 def fake_model(name: str, image_size: int | None):
     """A preset on fake tensors, which have shapes and no content: to count FLOPs and bytes in seconds, on any machine."""
-    with Unfilled():
-        model = RS2SAM2(replace(PRESETS[name], image_size=image_size or PRESETS[name].image_size))
+    model = blank_model(name, image_size)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for tensors in (t for module in model.modules() for t in (module._parameters, module._buffers)):
             tensors.update({key: mode.from_tensor(t) for key, t in tensors.items() if t is not None})
         yield model
-
-
-def loss_of(output: Output, target, name: str):
-    recipe = RECIPES[name]
-    terms = total_loss(output, target, dice_weight=recipe.dice, boundary_weight=recipe.boundary, pseudo=recipe.pseudo)
-    return terms["loss"]
 
 
 def counter() -> FlopCounterMode:
@@ -124,7 +117,7 @@ def flops(name: str, image_size: int | None = None, backward: bool = True) -> di
         output = model(*inputs)
         counts["forward"] = count.get_total_flops()
         if backward:
-            loss_of(output, target, name).backward()
+            total_loss(output, target, RECIPES[name].losses)["loss"].backward()
             counts["train"] = count.get_total_flops()
     return counts
 
@@ -147,7 +140,7 @@ def training_memory(name: str, checkpointing: bool) -> tuple[float, float]:
             with Live() as live:
                 with torch.autocast("cpu", torch.bfloat16):
                     output = model(*inputs)
-                loss_of(output, target, name).backward()
+                total_loss(output, target, RECIPES[name].losses)["loss"].backward()
             peaks.append(live.peak)
             del output
     image = peaks[1] - peaks[0]

@@ -1,6 +1,6 @@
-"""How long does a large scene take, and how much memory? Write one and run predict.py on it.
+"""How long a large scene takes, and how much memory: one is written, and predict.py run on it.
 
-    python tools/large_scene.py --ckpt best.pt [--side 20000] [--tile 1024] [--tiling scene] [--index 0]
+    python -m experiments.large_scene --ckpt best.pt [--side 20000] [--tile 1024] [--tiling scene] [--index 0]
 
 The scene is a generated one enlarged to side x side pixels, with noise, as a georeferenced GeoTIFF with a corner of nodata,
 written block by block into a temporary folder (3 bytes a pixel at most; --out keeps it). The phrase is the generated
@@ -21,11 +21,11 @@ import numpy as np
 import rasterio
 from rasterio.transform import from_origin
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluate import iou_counts, sample_iou
+from runtime.arguments import at_least
+from synthetic_scenes.scenes import scene
 
-from evaluate import iou_counts, sample_iou  # noqa: E402
-from scenes import scene  # noqa: E402
-
+PREDICT = Path(__file__).resolve().parent.parent / "predict.py"
 BLOCK = 512
 
 
@@ -42,24 +42,27 @@ def write_scene(path: Path, image: np.ndarray, side: int) -> None:
             for left in range(0, side, BLOCK):
                 height, width = min(BLOCK, side - top), min(BLOCK, side - left)
                 # From a block's pixel to the small image's: a centre is half a pixel in.
-                place = np.float32([[scale, 0, (left + 0.5) * scale - 0.5], [0, scale, (top + 0.5) * scale - 0.5]])
+                affine = np.float32([[scale, 0, (left + 0.5) * scale - 0.5], [0, scale, (top + 0.5) * scale - 0.5]])
                 flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-                block = cv2.warpAffine(image, place, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+                block = cv2.warpAffine(image, affine, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
                 block = np.clip(block + rng.integers(-4, 5, block.shape), 1, 255).astype(np.uint8)
                 corner = np.add.outer(np.arange(top, top + height), np.arange(left, left + width)) > 1.9 * side
                 block[corner] = 0
                 file.write(block.transpose(2, 0, 1), window=((top, top + height), (left, left + width)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default="best.pt")
-    parser.add_argument("--side", type=int, default=20_000)
-    parser.add_argument("--tile", type=int, default=1024)
-    parser.add_argument("--tiling", default="scene")
-    parser.add_argument("--index", type=int, default=0, help="which of the generated test scenes")
-    parser.add_argument("--out", type=Path, help="keep the scene and the results here")
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.large_scene", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ckpt", default="best.pt")
+    add("--side", type=at_least(int, 1), default=20_000)
+    add("--tile", type=at_least(int, 1), default=1024)
+    add("--tiling", default="scene")
+    add("--index", type=at_least(int, 0), default=0, help="which of the generated test scenes")
+    add("--out", type=Path, help="keep the scene and the results here")
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch)
         out.mkdir(parents=True, exist_ok=True)
@@ -69,8 +72,7 @@ def main() -> None:
         if not path.exists():
             write_scene(path, small.image, args.side)
         print(f"{path}: {path.stat().st_size / 1e6:,.0f} MB, written in {time.time() - start:.0f} s", flush=True)
-        script = Path(__file__).resolve().parent.parent / "predict.py"
-        command = [sys.executable, script, "--ckpt", args.ckpt, "--image", path, "--phrase", phrase, "--out", out]
+        command = [sys.executable, PREDICT, "--ckpt", args.ckpt, "--image", path, "--phrase", phrase, "--out", out]
         command += ["--tile", args.tile, "--tiling", args.tiling, "--overwrite"]
         start = time.time()
         subprocess.run(list(map(str, command)), check=True)

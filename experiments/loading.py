@@ -1,6 +1,6 @@
 """What loading a sample costs: the decode, and the resizes to both models' sizes and of the mask, in milliseconds.
 
-    python tools/loading.py [--side 512 800 1024] [--quality 75 95] [--image-size 1024] [--data DATA]
+    python -m experiments.loading [--side 512 800 1024] [--quality 75 95] [--image-size 1024] [--data DATA]
 
 JPEG files are generated scenes enlarged to each side, or with --data the images of a data set as they are. Medians, one
 thread. The aim is that the two resizes of the image cost no more than 1.5 times its decode.
@@ -9,7 +9,6 @@ thread. The aim is that the two resizes of the image cost no more than 1.5 times
 import argparse
 import itertools
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,11 +16,11 @@ from pathlib import Path
 import cv2
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data import read_image, resize_image, resize_mask  # noqa: E402
-from layouts import read_samples  # noqa: E402
-from scenes import scene  # noqa: E402
+from annotations.layouts import read_samples
+from imagery.pixels import read_image, resize_image, resize_mask
+from runtime.arguments import at_least
+from runtime.errors import exit_on_user_error
+from synthetic_scenes.scenes import scene
 
 ENCODER_SIZE = 224
 
@@ -37,6 +36,7 @@ def milliseconds(function, inputs: list, repeats: int = 5) -> float:
 
 
 def row(name: str, paths: list, image_size: int) -> str:
+    """A row of the table for these images."""
     images = [read_image(path) for path in paths]
     decode = milliseconds(read_image, paths)
     large, small = (milliseconds(lambda i, s=s: resize_image(i, s), images) for s in (image_size, ENCODER_SIZE))
@@ -44,13 +44,14 @@ def row(name: str, paths: list, image_size: int) -> str:
     return f"| {name} | {decode:.2f} | {large:.2f} | {small:.2f} | {mask:.2f} | {(large + small) / decode:.2f} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--side", type=int, nargs="+", default=[512, 800, 1024])
-    parser.add_argument("--quality", type=int, nargs="+", default=[75, 95])
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--data", help="a data set, instead of generated files")
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.loading", description=__doc__.split("\n\n")[0])
+    add, count = parser.add_argument, at_least(int, 1)
+    add("--side", type=count, nargs="+", default=[512, 800, 1024])
+    add("--quality", type=count, nargs="+", default=[75, 95])
+    add("--image-size", type=count, default=1024)
+    add("--data", help="a data set, instead of generated files")
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1), cv2.setNumThreads(0)
     print(f"| images | decode | to {args.image_size} | to {ENCODER_SIZE} | mask | resizes / decode |\n" + "|---" * 6 + "|")
     if args.data:
@@ -67,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error("loading"):
+        main()

@@ -1,16 +1,16 @@
-"""How fast is it, and how much memory does it take? Results are appended, as Markdown tables, to BENCHMARKS.md.
+"""How fast a model is, and how much memory it takes. Results are appended, as Markdown tables, to docs/speed.md.
 
-    python tools/benchmark.py --model paper --batch-size 1 4 8 --compile default --baseline      on a GPU
-    python tools/benchmark.py --model tiny --batch-size 8 --tasks forward train evaluate loader
-    python tools/benchmark.py --memory                 computed, on no device: FLOPs, and the batch that fits a card
-    python tools/benchmark.py --model large --profile  where the time goes, stage by stage
+    python -m experiments.speed --model paper --batch-size 1 4 8 --compile default --baseline      on a GPU
+    python -m experiments.speed --model tiny --batch-size 8 --tasks forward train evaluate loader
+    python -m experiments.speed --memory                 computed, on no device: FLOPs, and the batch that fits a card
+    python -m experiments.speed --model large --profile  where the time goes, stage by stage
 
 Weights and inputs are random. Tasks: train (forward, loss, backward, clipping, optimiser), loader (the training set's loader
 alone, and beside the training step), forward (as evaluate.py calls the model), evaluate (its whole loop over generated
 scenes of 800 pixels, loader and scoring included). On a CPU the variants of a task are timed in turns, so that what
-else the machine does meets them alike, on a card one after the other, as each keeps memory of its own; a figure is the
+else the machine does slows them alike, on a card one after the other, as each keeps memory of its own; a figure is the
 median over --repeats. --baseline times the published settings beside them, on the same weights: batch 1, SAM 2 in
-float32, stock multi-head attention that returns its weights, no compilation, a synchronisation and an emptied cache
+float32, multi-head attention that returns its weights, no compilation, a synchronisation and an emptied cache
 after each step. MFU is the share of what the device reaches on a large product.
 """
 
@@ -34,18 +34,21 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from data import Collate, open_dataset
+from evaluate import score
+from experiments.counting import flops, memory_table, random_batch, random_model
+from fusion import CrossAttention
+from losses import total_loss
+from model import RS2SAM2, compiled
+from presets import PRESETS, RECIPES, Recipe
+from runtime.arguments import at_least
+from runtime.devices import autocast, compute_dtype, default_workers, to_device
+from runtime.errors import exit_on_user_error
+from runtime.run_folder import revision
+from synthetic_scenes.scenes import scene
+from train import optimizer_for
 
-from data import Collate, open_dataset  # noqa: E402
-from evaluate import autocast, compute_dtype, score, to_device  # noqa: E402
-from fusion import CrossAttention  # noqa: E402
-from model import PRESETS, RS2SAM2, compiled  # noqa: E402
-from recipe import RECIPES, Recipe, optimizer_for  # noqa: E402
-from runs import default_workers, revision  # noqa: E402
-from scenes import scene  # noqa: E402
-from tools.counting import flops, loss_of, memory_table, random_batch, random_model  # noqa: E402
-
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
 TASKS = ("train", "loader", "forward", "evaluate")  # in this order
 BASELINE = "published settings"
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
@@ -66,24 +69,18 @@ def write_scenes(root: Path, counts: dict[str, int], seed: int) -> None:
     (root / "phrases.csv").write_text("\n".join(lines) + "\n")
 
 
-class StockAttention(nn.Module):
-    """nn.MultiheadAttention in a CrossAttention's place, on its parameters: computes and returns its weights."""
-
-    def __init__(self, ours: CrossAttention):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(ours.out_proj.in_features, ours.heads, batch_first=True, device="meta")
-        self.attention.in_proj_weight, self.attention.in_proj_bias = ours.in_proj_weight, ours.in_proj_bias
-        self.attention.out_proj = ours.out_proj
+class StockAttention(CrossAttention):
+    """A CrossAttention that computes and returns its weights, as nn.MultiheadAttention does by default."""
 
     def forward(self, query, memory, mask=None):
-        return self.attention(query, memory, memory, None if mask is None else ~mask)[0]  # (B, Nq, dim)
+        padding = None if mask is None else ~mask  # (B, Nk)
+        return nn.MultiheadAttention.forward(self, query, memory, memory, padding)[0]  # (B, Nq, dim)
 
 
 @contextlib.contextmanager
 def published_settings(model: RS2SAM2, half_encoder: bool):
     """The published way to run the same weights; half_encoder: in training on CUDA BEiT-3 ran in half precision."""
-    places = [(m, name) for m in model.modules() for name, child in m.named_children() if type(child) is CrossAttention]
-    ours = [getattr(m, name) for m, name in places]
+    attentions = [m for m in model.modules() if type(m) is CrossAttention]
     encoder, low = model.union_encoder, [(p, p.dtype) for p in model.parameters() if p.dtype != torch.float32]
     forward = encoder.forward
 
@@ -91,8 +88,8 @@ def published_settings(model: RS2SAM2, half_encoder: bool):
         with torch.autocast("cuda", dtype=compute_dtype()):
             return tuple(x.float() for x in forward(*args))
 
-    for (m, name), attention in zip(places, ours):
-        setattr(m, name, StockAttention(attention).train(m.training))
+    for m in attentions:
+        m.__class__ = StockAttention
     for p, _ in low:
         p.data = p.data.float()
     if half_encoder:
@@ -100,8 +97,8 @@ def published_settings(model: RS2SAM2, half_encoder: bool):
     try:
         yield
     finally:
-        for (m, name), attention in zip(places, ours):
-            setattr(m, name, attention)
+        for m in attentions:
+            m.__class__ = CrossAttention
         for p, dtype in low:
             p.data = p.data.to(dtype)
         if half_encoder:
@@ -166,18 +163,17 @@ def cpu_info() -> list[str]:
 class Step:
     """A training step as train.py does it. batch as `random_batch` gives it; call is the model or its compiled form."""
 
-    def __init__(self, model: RS2SAM2, name: str, recipe: Recipe):
-        self.optimizer = optimizer_for(model, recipe, recipe.lr)
-        self.name, self.clip = name, recipe.clip
+    def __init__(self, model: RS2SAM2, recipe: Recipe):
+        self.optimizer, self.recipe = optimizer_for(model, recipe), recipe
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def __call__(self, call, batch, precision) -> None:
         *inputs, target = batch
         with precision():
             output = call(*inputs)
-        loss = loss_of(output, target, self.name)
+        loss = total_loss(output, target, self.recipe.losses)["loss"]
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip)
         torch.stack([loss, norm]).tolist()  # the step's one wait for the device
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -232,7 +228,7 @@ def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step:
     if args.baseline and task != "evaluate":
         settings = partial(published_settings, model, half_encoder=clock.cuda and task == "train")
         if task == "train" and RECIPES[args.model].muon:  # published: AdamW alone
-            step = Step(model, args.model, dataclasses.replace(RECIPES[args.model], muon=0.0))
+            step = Step(model, dataclasses.replace(RECIPES[args.model], muon=0.0))
         once = {"forward": forward_once, "train": step}[task]
         runs[BASELINE, 1] = settings, partial(flushed, partial(once, model, batches[1], contextlib.nullcontext))
     return runs
@@ -333,8 +329,8 @@ def measured(args) -> str:
             f"median of {args.repeats}, seed {args.seed}.\n\n")  # fmt: skip
     if args.profile:
         return text + profile(model.eval(), clock, random_batch(model, args.batch_size[-1], clock.device))
-    calls = {"as it is": model} | {f"compiled ({mode})": compiled(model, mode) for mode in args.compile}
-    step = Step(model, args.model, RECIPES[args.model]) if "train" in args.tasks else None
+    calls = {"as it is": model} | {f"compiled ({mode})": compiled(model, mode=mode) for mode in args.compile}
+    step = Step(model, RECIPES[args.model]) if "train" in args.tasks else None
     lines = [
         "| preset | task | variant | batch | images/s | ms an image | MFU | peak GiB | times published |",
         "|---" * 9 + "|",
@@ -360,33 +356,35 @@ def measured(args) -> str:
     return text + "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", choices=PRESETS, default="tiny")
-    add("--image-size", type=int, help="default: the preset's")
-    add("--batch-size", type=int, nargs="+", default=[1])
-    add("--tasks", choices=TASKS, nargs="+", default=["forward", "train"])
-    add(
-        "--compile",
-        choices=MODES,
-        nargs="*",
-        default=[],
-        help="time compiled forms too, in these modes of torch.compile",
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    # fmt: off
+    add("--model", choices=PRESETS, default="tiny")
+    add("--image-size", type=at_least(int, 1), help="default: the preset's")
+    add("--batch-size", type=at_least(int, 1), nargs="+", default=[1])
+    add("--tasks", choices=TASKS, nargs="+", default=["forward", "train"])
+    add("--compile", choices=MODES, nargs="*", default=[], help="time compiled forms too, in these modes of torch.compile")
     add("--checkpoint-activations", action="store_true", help="as train.py's")
     add("--baseline", action="store_true", help="time the published settings too")
     add("--profile", action="store_true", help="where the time of a forward pass goes, instead of tasks")
     add("--memory", action="store_true", help="compute FLOPs and the batch that fits, for all presets; measure nothing")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--repeats", type=int, default=10)
-    add("--warmup", type=int, default=3)
-    add("--workers", type=int, default=default_workers(), help="processes that load data (default: as train.py's)")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=ROOT / "BENCHMARKS.md", help="the file to append to (default: BENCHMARKS.md)")
-    args = parser.parse_args()
+    add("--device", choices=("cpu", "cuda"), default=device)
+    add("--repeats", type=at_least(int, 1), default=10)
+    add("--warmup", type=at_least(int, 0), default=3)
+    add("--workers", type=at_least(int, 0), default=default_workers(), help="processes that load data (default: as train.py's)")
+    add("--seed", type=at_least(int, 0), default=0)
+    add("--out", type=Path, default=RESULTS, help="the file to append to (default: docs/speed.md)")
+    # fmt: on
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     text = "\n\n" + memory_table() if args.memory else measured(args)
-    command = "python tools/benchmark.py " + " ".join(sys.argv[1:])
+    command = " ".join(["python -m experiments.speed", *(sys.argv[1:] if arguments is None else arguments)])
     head = f"\n### {time.strftime('%Y-%m-%d')}, `{command}`\n\ntorch {torch.__version__}, revision {revision() or 'unknown'}; "
     print(head + text)
     with open(args.out, "a") as f:
@@ -394,4 +392,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error("speed"):
+        main()
