@@ -1,5 +1,8 @@
 """From an image and a phrase to a mask, at any size.
 
+    predictor = RS2SAM2Predictor.from_pretrained("best.pt")
+    mask, score, logits = predictor.predict("plane.jpg", "the airplane on the right")
+
     python predict.py --ckpt best.pt --image plane.jpg --phrase "the airplane on the right"
     python predict.py --ckpt best.pt --image harbour.tif --phrase "the ships" --tiling independent --tile 512
     python predict.py --ckpt best.pt --image list.csv                     columns image,phrase
@@ -7,7 +10,7 @@
 Into the folder --out go, for phrase n of an image, all or none of:
 
     <image's stem>-<n>-<phrase>.png           the mask, 0 and 255, as large as the image; for a GeoTIFF, or an image too
-                                              large to be decoded whole, a .tif in the same place on Earth
+                                              large to be decoded whole, a .tif with the same georeferencing
     <image's stem>-<n>-<phrase>-overlay.png   the image with the mask lit and the phrase below, at most 1,600 pixels a side
     <image's stem>-<n>-<phrase>.geojson       for a GeoTIFF, the mask's polygons in WGS 84 with phrase,
                                               confidence (the whole mask's) and area_m2 (each polygon's)
@@ -20,66 +23,163 @@ confidence the mean probability inside it, 0 where it is empty. Exit code: 0 all
 
 import argparse
 import csv
-import hashlib
 import io
-import json
 import os
 import signal
 import sys
-import tempfile
-from collections import Counter
-from functools import partial
+import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import UserError
-from layouts import IMAGE_SUFFIXES, UserError, clean_phrase, read_text
+from annotations.layouts import IMAGE_SUFFIXES, clean_phrase, read_text
+from imagery.pixels import resize_image
+from imagery.raster import Scene, as_scene, open_scene
+from imagery.results import Job, ResultFolder, mask_score_logits, readable
+from imagery.tiles import LARGE, TILE, TILINGS, batches, is_large, scene_rows
 from model import RS2SAM2
-from overlay import SmallMask, overlay
-from polygons import write_polygons
-from raster import NODATA, open_scene
-from runs import number
-from tiles import LARGE, TILE, TILINGS, at_size, cut_note, is_large, model_logits, segment_rows
+from runtime.arguments import at_least
+from runtime.devices import compute_dtype
+from runtime.errors import UserError, exit_on_user_error
+from weights.checkpoints import load_checkpoint
+
+OneImage = str | Path | Image.Image | np.ndarray
 
 
-class Job(NamedTuple):
-    image: Path
-    phrase: str
-    n: int  # which phrase of the image
-    fault: str = ""  # why it can't be done, where that is known before
+class RS2SAM2Predictor:
+    """Predicts the mask of what a phrase names in an image.
+
+    Unlike SAM 2's predictor it has no `set_image`: the phrase enters every block of the image encoder, so nothing of an
+    image can be kept for the next phrase. Several phrases for an image are a batch: `predict(image, [phrase, ...])`.
+    """
+
+    def __init__(self, model: RS2SAM2, dtype: torch.dtype | None = None):
+        """model: on the device to predict on. dtype: to compute in, see `dtype`."""
+        self.model, self._dtype = model, dtype
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "RS2SAM2Predictor":
+        """The predictor of a checkpoint: a file of train.py's, the folder of a run, or the published checkpoint's folder.
+
+        device: by default the CUDA card where there is one, else the CPU. UserError where the checkpoint can't be loaded.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(load_checkpoint(path, device)[0], dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: the given dtype; without one bfloat16 or float16 on a CUDA card, else float32.
+
+        Weights stay in float32; other dtypes are autocast's. Logits are float32 always."""
+        return self._dtype or (compute_dtype() if self.device.type == "cuda" else torch.float32)
+
+    def predict(
+        self, image: OneImage | list[OneImage], phrase: str | list[str], tile: int | None = None, tiling: str = "scene",
+        batch: int = 8,
+    ) -> tuple[np.ndarray, float, np.ndarray] | tuple[list[np.ndarray], list[float], list[np.ndarray]]:  # fmt: skip
+        """The mask of what the phrase names, in the image as it is meant to be seen (EXIF orientation obeyed).
+
+        Args:
+            image: a path, a PIL image or a uint8 RGB array (H, W, 3); or a list of them.
+            phrase: what to find; or a list of phrases. Two lists are pairs.
+            tile: images over `tile` pixels a side are cut into tiles of that size; None: those over 2,048 into 1,024.
+            tiling: "scene", where the phrase is about the whole image, or "independent": about each tile (imagery/tiles.py).
+            batch: images or tiles in one forward pass.
+
+        Returns:
+            (mask, score, logits): the mask, bool (H, W); the mean probability inside it, 0.0 where it is empty; and the
+            logits, float32 (H, W) at the image's size, positive on the mask. Lists of each where image or phrase is a list.
+            Where the image has no data (alpha 0, nodata of a GeoTIFF), the mask is False whatever the logits.
+
+        Raises:
+            UserError: in one sentence, for an image that can't be read, a phrase that is none, a wrong option.
+        """
+        if tiling not in TILINGS:
+            raise UserError(f"tiling {tiling!r} is unknown: it is one of {', '.join(TILINGS)}.")
+        if batch < 1 or tile is not None and tile < 1:
+            raise UserError(f"batch {batch} and tile {tile}: they must be 1 or more.")
+        single = not isinstance(image, (list, tuple)) and not isinstance(phrase, (list, tuple))
+        images, phrases = as_pairs(image, phrase)
+        for note in filter(None, map(self.cut_note, phrases)):
+            warnings.warn(note, stacklevel=2)
+        results = []
+        for some in batches(zip(images, phrases), batch):
+            scenes = [as_scene(image) for image, _ in some]
+            rows = scene_rows(self.look, scenes, [phrase for _, phrase in some], tile, tiling, batch)
+            results += map(mask_score_logits, scenes, rows)
+        return results[0] if single else tuple(map(list, zip(*results))) or ([], [], [])
+
+    @torch.inference_mode()
+    def look(self, images: list[np.ndarray], phrases: list[str]) -> torch.Tensor:
+        """One forward pass: uint8 RGB images (H, W, 3) of any sizes, a phrase for each -> (B, 1, S/4, S/4) float32, CPU."""
+        model, device, training = self.model, self.device, self.model.training
+        model.eval()
+        image, encoder_image = (
+            torch.stack([resize_image(image, size) for image in images]).to(device)
+            for size in (model.preset.image_size, model.union_encoder.image_size)
+        )  # (B, 3, S, S), (B, 3, E, E)
+        ids, lengths = model.union_encoder.tokenizer(phrases)  # (B, L), (B,)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = model(*model.normalise(image, encoder_image), ids.to(device), lengths.to(device))
+        model.train(training)
+        return output.logits.float().cpu()
+
+    def cut_note(self, phrase: str) -> str:
+        """A sentence where the phrase is longer than the model reads, else ''."""
+        tokenizer = self.model.union_encoder.tokenizer
+        length = tokenizer.length(phrase)
+        if length <= tokenizer.context:
+            return ""
+        return f"The phrase has {length:,} tokens, the model reads the first {tokenizer.context} and ignores the rest."
 
 
-def find_jobs(places: list[Path], phrases: list[str]) -> list[Job]:
-    """What is asked for: every phrase for every image, and the rows of CSV files. UserError where there is nothing."""
-    lists = [place for place in places if place.suffix.lower() == ".csv"]
-    if phrases and len(lists) == len(places):
+def as_pairs(image, phrase) -> tuple[list, list[str]]:
+    """As many images as phrases, from one or a list of each; UserError where the numbers differ or a phrase is none."""
+    many = [isinstance(x, (list, tuple)) for x in (image, phrase)]
+    length = max((len(x) for x, listed in zip((image, phrase), many) if listed), default=1)
+    images, phrases = (list(x) if listed else [x] * length for x, listed in zip((image, phrase), many))
+    if len(images) != len(phrases):
+        raise UserError(f"{len(images)} images and {len(phrases)} phrases are no pairs: give as many of both.")
+    return images, [clean_phrase(text, f"phrase {n}") for n, text in enumerate(phrases, start=1)]
+
+
+# The command line ------------------------------------------------------------------------------------------------------
+
+
+def find_jobs(paths: list[Path], phrases: list[str]) -> list[Job]:
+    """A job for every phrase and every image, and for the rows of CSV files. UserError where there is nothing to do."""
+    lists = [path for path in paths if path.suffix.lower() == ".csv"]
+    if phrases and len(lists) == len(paths):
         raise UserError("A CSV has phrases of its own: leave out --phrase, or name images too.")
-    if not phrases and len(lists) < len(places):
+    if not phrases and len(lists) < len(paths):
         raise UserError("There is nothing to find: give the images a --phrase, or name a CSV with rows image,phrase.")
     wanted = []
-    for place in places:
-        if place.is_dir():
-            files = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    for path in paths:
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
             if not files:
-                raise UserError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)}): name another folder.")
-            wanted += [(path, phrase, "") for path in files for phrase in phrases]
-        elif not place.exists():
-            raise UserError(f"There is no image, folder or CSV {place}: check the name.")
-        elif place in lists:
-            wanted += read_list(place)
+                raise UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}): name another folder.")
+            wanted += [(file, phrase, "") for file in files for phrase in phrases]
+        elif not path.exists():
+            raise UserError(f"There is no image, folder or CSV {path}: check the name.")
         else:
-            wanted += [(place, phrase, "") for phrase in phrases]
+            wanted += read_list(path) if path in lists else [(path, phrase, "") for phrase in phrases]
     if not wanted:
-        raise UserError(f"{', '.join(map(str, places))} has no rows: write image,phrase and what to find below it.")
+        raise UserError(f"{', '.join(map(str, paths))} has no rows: write image,phrase and what to find below it.")
     by_image = {}  # an image is opened once, for all its phrases
     for image, phrase, fault in wanted:
         by_image.setdefault(image, []).append((phrase, fault))
-    return [
-        Job(i, phrase, n, fault) for i, asked in by_image.items() for n, (phrase, fault) in enumerate(asked, start=1)
-    ]
+    return [Job(i, phrase, n, fault) for i, rows in by_image.items() for n, (phrase, fault) in enumerate(rows, start=1)]
 
 
 def read_list(path: Path) -> list[tuple[Path, str, str]]:
@@ -90,189 +190,73 @@ def read_list(path: Path) -> list[tuple[Path, str, str]]:
             raise UserError(f"{path} lacks the column {' and '.join(sorted(absent))}: its first line must name them.")
         rows = []
         for row in reader:
-            sound = None not in row and None not in row.values() and row["image"].strip()
-            fault = "" if sound else "the row has not the fields of the first line: quote phrases with commas"
-            fault = fault and f"{path}, line {reader.line_num}: {fault}."
-            rows.append((path.parent / (row["image"] or "").strip(), row["phrase"] or "", fault))
+            complete = None not in row and None not in row.values() and row["image"].strip()
+            fault = f"{path}, line {reader.line_num}: the row has not the fields of the first line: quote phrases with commas."
+            rows.append((path.parent / (row["image"] or "").strip(), row["phrase"] or "", "" if complete else fault))
         return rows
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not sound CSV ({error}): mend it.") from None
+        raise UserError(f"{path}, line {reader.line_num} is no valid CSV ({error}): mend it.") from None
 
 
-def stems(images: list[Path]) -> dict[Path, str]:
-    """The name that each image's results begin with; see the head of this file."""
-    short = {image: image.stem[:80] for image in images}
-    shared = Counter(stem.lower() for stem in short.values())
-    digests = {image: hashlib.sha256(os.path.abspath(image).encode()).hexdigest()[:8] for image in short}
-    return {image: stem + (f"-{digests[image]}" if shared[stem.lower()] > 1 else "") for image, stem in short.items()}
-
-
-def slug(phrase: str) -> str:
-    """The phrase's letters and digits for a file's name, cut between words where there are any to 40 characters."""
-    text = "-".join("".join(c if c.isalnum() else " " for c in phrase.lower()).split())
-    if len(text) > 40:
-        text = text[:41].rpartition("-")[0] or text[:40]
-    return text or "phrase"
-
-
-class Tally:
-    """What is said of a mask, gathered from its bands of rows."""
-
-    def __init__(self, scene):
-        self.scene, self.small = scene, SmallMask(scene.height, scene.width)
-        self.area = self.data = 0
-        self.probability = 0.0
-        self.left, self.top, self.right, self.bottom = scene.width, scene.height, 0, 0
-
-    def add(self, top: int, logits: np.ndarray) -> np.ndarray:
-        """Logits (h, W) of a band -> what the mask's file holds: uint8, 255 foreground, NODATA where there is no data."""
-        valid, mask = self.scene.valid(top, len(logits)), logits > 0
-        if valid is not None:
-            mask &= valid
-        self.data += mask.size if valid is None else int(valid.sum())
-        self.area += int(mask.sum())
-        self.probability += float((1 / (1 + np.exp(-logits[mask].astype(np.float64)))).sum())
-        self.small.add(top, mask)
-        if mask.any():
-            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-            self.left, self.right = min(self.left, int(columns[0])), max(self.right, int(columns[-1]) + 1)
-            self.top, self.bottom = min(self.top, top + int(rows[0])), top + int(rows[-1]) + 1
-        pixels = mask.astype(np.uint8) * 255
-        return pixels if valid is None else np.where(valid, pixels, np.uint8(NODATA))
-
-    def facts(self) -> dict:
-        box = [self.left, self.top, self.right - self.left, self.bottom - self.top] if self.area else None
-        confidence = round(self.probability / self.area, 4) if self.area else 0.0
-        return {"area_share": self.area / max(1, self.data), "bbox": box, "confidence": confidence}
-
-
-class Predictor:
+class PredictionRun:
     """Does jobs one after the other, small images in batches; `failures` are (job, reason)."""
 
-    def __init__(self, model, args: argparse.Namespace, jobs: list[Job]):
-        self.model, self.args, self.jobs = model, args, jobs
-        self.stems = stems([job.image for job in jobs])
-        self.failures, self.pending = [], []
+    def __init__(self, predictor: RS2SAM2Predictor, args: argparse.Namespace, jobs: list[Job]):
+        self.predictor, self.args, self.jobs = predictor, args, jobs
+        self.folder = ResultFolder(args.out, [job.image for job in jobs], args.overwrite)
+        self.failures: list[tuple[Job, str]] = []
 
     def run(self) -> None:
+        pending, opened, scene = [], None, None
         with tqdm(total=len(self.jobs), desc="phrases", disable=None) as self.bar:
-            opened, scene = None, None
             for job in self.jobs:
                 try:
                     if job.fault:
                         raise UserError(job.fault)
-                    phrase = clean_phrase(job.phrase, f"phrase {job.n}")
+                    job = job._replace(phrase=clean_phrase(job.phrase, f"phrase {job.n}"))
                     if job.image != opened:
                         opened, scene = job.image, None
                         scene = open_scene(job.image, self.args.bands)
+                        if not is_large(scene, self.args.tile):
+                            scene.read_all()  # damage costs its own image, not the batch that it would come into
                     elif scene is None:
                         raise UserError("The image could not be opened, see above.")
-                    job = job._replace(phrase=phrase)
-                    self.refuse_existing(job, scene)
+                    self.folder.refuse_existing(job, scene)
                 except (UserError, OSError) as error:
                     self.fail(job, error)
                     continue
                 if is_large(scene, self.args.tile):
-                    options = self.args.tile, self.args.tiling, self.args.batch
-                    self.finish(job, scene, partial(segment_rows, self.model, scene, phrase, *options))
+                    self.predict([(job, scene)])
                     continue
-                self.pending.append((job, scene))
-                if len(self.pending) == self.args.batch:
-                    self.flush()
-            self.flush()
+                pending.append((job, scene))
+                if len(pending) == self.args.batch:
+                    self.predict(pending)
+                    pending.clear()
+            self.predict(pending)
 
-    def flush(self) -> None:
-        """One pass of the model over the small images that wait for it."""
-        ready = []
-        for job, scene in self.pending:
+    def predict(self, pending: list[tuple[Job, Scene]]) -> None:
+        """Predict and write: small scenes in one forward pass, a large one in tiles."""
+        args, (jobs, scenes) = self.args, zip(*pending) if pending else ((), ())
+        rows = scene_rows(self.predictor.look, scenes, [job.phrase for job in jobs], args.tile, args.tiling, args.batch)
+        for job, scene, strips in zip(jobs, scenes, rows):
+            notes = [note] if (note := self.predictor.cut_note(job.phrase)) else []
+            settings = {"tile": args.tile or TILE, "tiling": args.tiling} if is_large(scene, args.tile) else {}
             try:
-                ready.append((job, scene, scene.read_all()))
+                line = self.folder.write(job, scene, strips, settings, notes)
             except (UserError, OSError) as error:
                 self.fail(job, error)
-        self.pending = []
-        if ready:
-            logits = model_logits(self.model, [pixels for *_, pixels in ready], [job.phrase for job, *_ in ready])
-            for (job, scene, _), one in zip(ready, logits.split(1)):
-                self.finish(job, scene, lambda one=one, scene=scene: [(0, at_size(one, (scene.height, scene.width)))])
+                continue
+            self.bar.update()
+            tqdm.write(readable(line, args.out / line["mask"]))
 
     def fail(self, job: Job, error: Exception) -> None:
         reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
         self.failures.append((job, reason))
         self.bar.update()
 
-    def paths(self, job: Job, scene) -> dict[str, Path]:
-        name = f"{self.stems[job.image]}-{job.n}-{slug(job.phrase)}"
-        paths = {"mask": f"{name}{scene.suffix}", "overlay": f"{name}-overlay.png"}
-        paths |= {"polygons": f"{name}.geojson"} if scene.crs else {}
-        return {kind: self.args.out / path for kind, path in paths.items()}
-
-    def refuse_existing(self, job: Job, scene) -> None:
-        if not self.args.overwrite:
-            for path in self.paths(job, scene).values():
-                if path.exists():
-                    raise UserError(f"{path} exists: --overwrite makes it anew, --out names another folder.")
-
-    def finish(self, job: Job, scene, rows) -> None:
-        """Write a result and say what it is. rows() yields (top, logits (h, W))."""
-        paths = self.paths(job, scene)
-        notes = [cut_note(self.model, job.phrase)]
-        if scene.suffix == ".tif" and not scene.crs:
-            notes.append("The image has no coordinate system, so its polygons have no place on Earth and are left out.")
-        try:
-            with tempfile.TemporaryDirectory(prefix=".part-", dir=self.args.out) as scratch:
-                facts = self.write(job, scene, rows, {kind: Path(scratch, p.name) for kind, p in paths.items()}, notes)
-                self.refuse_existing(job, scene)  # by now, perhaps
-                for kind in [*paths][::-1]:  # the mask last: where it is, the rest is
-                    if Path(scratch, paths[kind].name).exists():
-                        os.replace(Path(scratch, paths[kind].name), paths[kind])
-                    else:
-                        del paths[kind]
-            line = {"image": str(job.image), "phrase": job.phrase, "width": scene.width, "height": scene.height} | facts
-            line |= {kind: path.name for kind, path in paths.items()}
-            if is_large(scene, self.args.tile):
-                line |= {"tile": self.args.tile or TILE, "tiling": self.args.tiling}
-            line |= {"notes": notes} if (notes := [note for note in notes if note]) else {}
-            with open(self.args.out / "results.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        except (UserError, OSError) as error:
-            self.fail(job, error)
-            return
-        self.bar.update()
-        tqdm.write(readable(line, paths["mask"]))
-
-    def write(self, job: Job, scene, rows, paths: dict[str, Path], notes: list[str]) -> dict:
-        """The files of a result, into a folder that is not seen yet -> what is said of it."""
-        tally = Tally(scene)
-        with scene.mask_file(paths["mask"]) as file:
-            for top, logits in rows():
-                file.write(top, tally.add(top, logits))
-        facts = tally.facts()
-        if "polygons" in paths:
-            properties = {"phrase": job.phrase, "confidence": facts["confidence"]}
-            try:
-                facts |= write_polygons(paths["mask"], paths["polygons"], properties)
-            except UserError as error:
-                paths["polygons"].unlink(missing_ok=True)
-                notes.append(f"No polygons are written: {error}.")
-        overlay(scene.overview, tally.small.pixels, job.phrase).save(paths["overlay"], "PNG")
-        return facts
-
-
-def readable(line: dict, mask: Path) -> str:
-    """A result in words."""
-    phrase = " ".join(line["phrase"].split())
-    phrase = phrase if len(phrase) <= 60 else phrase[:57] + "..."
-    if line["bbox"]:
-        left, top, width, height = line["bbox"]
-        found = f"{100 * line['area_share']:.2f} % of the image, {width} x {height} pixels at ({left}, {top})"
-        found += f", {line['area_m2']:,.0f} m2" if "area_m2" in line else ""
-        found += f", confidence {line['confidence']:.2f}"
-    else:
-        found = "nothing found"
-    return "\n  ".join([f'{line["image"]}, "{phrase}": {found} -> {mask}', *line.get("notes", [])])
-
 
 def band_numbers(text: str) -> tuple[int, ...]:
+    """A `type=` of argparse: one band number or three."""
     numbers = text.split(",")
     if len(numbers) not in (1, 3) or not all(n.strip().isdecimal() and int(n) for n in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} is not one band number or three, as 4,3,2")
@@ -287,12 +271,12 @@ def parse_args() -> argparse.Namespace:
     add("--phrase", action="append", default=[], help="what to find; may be given several times")
     add("--out", type=Path, default="predictions", help="folder for the results (default: predictions)")
     add("--overwrite", action="store_true", help="make results anew that exist; without it they are left alone")
-    add("--tile", type=partial(number, int, 32), metavar="N", help="cut images over N pixels a side into tiles of N; "
+    add("--tile", type=at_least(int, 32), metavar="N", help="cut images over N pixels a side into tiles of N; "
         f"without it, those over {LARGE:,} into tiles of {TILE:,}")  # fmt: skip
     add("--tiling", choices=TILINGS, default="scene", help="whether phrases refer to the whole scene, which tiles then "
-        "refine, or to each tile on its own (default: scene); see tiles.py")  # fmt: skip
+        "refine, or to each tile on its own (default: scene); see imagery/tiles.py")  # fmt: skip
     add("--bands", type=band_numbers, metavar="R,G,B", help="bands to look at, from 1 (default: the first three)")
-    add("--batch", type=partial(number, int, 1), default=8, help="images or tiles at once (default: 8)")
+    add("--batch", type=at_least(int, 1), default=8, help="images or tiles at once (default: 8)")
     return parser.parse_args()
 
 
@@ -301,22 +285,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as on an interrupt, nothing half-written stays
     args = parse_args()
     sys.stdout.reconfigure(errors="replace")  # a phrase may hold what the terminal has no letters for
-    try:
+    with exit_on_user_error("predict.py"):
         jobs = find_jobs(args.image, args.phrase)
-        model = RS2SAM2.load(args.ckpt)
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=".part-", dir=args.out).cleanup()  # can anything be written there?
-    except (UserError, UserError) as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"predict.py: {error.filename}: {error.strerror}; --out names another folder", file=sys.stderr)
-        sys.exit(2)
-    predictor = Predictor(model, args, jobs)
-    predictor.run()
-    if predictor.failures:
-        print(f"predict.py: {len(predictor.failures)} of {len(jobs)} failed:", file=sys.stderr)
-        for job, reason in predictor.failures:
+        predictor = RS2SAM2Predictor.from_pretrained(args.ckpt)
+        run = PredictionRun(predictor, args, jobs)
+        run.run()
+    if run.failures:
+        print(f"predict.py: {len(run.failures)} of {len(jobs)} failed:", file=sys.stderr)
+        for job, reason in run.failures:
             print(f'  {job.image}, "{job.phrase[:60]}": {reason}', file=sys.stderr)
         sys.exit(1)
 

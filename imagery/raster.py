@@ -7,8 +7,8 @@
     scene.overview                          uint8 RGB, the whole scene, its longest side at most 2,048
     scene.mask_file(path)                   a context whose write(top, uint8 rows (h, W)) makes the mask's file
 
-Plain images are decoded whole, so their size is bounded; what is larger, or says more than a plain image can (place on
-Earth, 16 bits a band, many bands, nodata), is read by rasterio, window by window. Where pixels are not 8-bit, each
+Plain images are decoded whole by Pillow, so their size is bounded; what is larger, or says more than a plain image can
+(georeferencing, 16 bits a band, many bands, nodata), is read by rasterio, window by window. Where pixels are not 8-bit, each
 band is stretched from its 2nd to its 98th percentile, taken from a reduced picture of the scene. A pixel whose alpha is
 0, or that is NaN or infinite, has no data. What can't be read is a UserError of one sentence.
 """
@@ -19,19 +19,18 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from data import decode
-from layouts import UserError
+from runtime.errors import UserError
 
 MAX_PLAIN = 2**27  # pixels of an image that is decoded whole: 400 MB of RGB
 OVERVIEW = 2048
 NODATA = 127  # of a mask file, where the scene has no data: 0 and 255 are taken
-WORLD_FILES = (".tfw", ".jgw", ".pgw", ".j2w", ".wld")  # the place on Earth, in a text beside the image
+WORLD_FILES = (".tfw", ".jgw", ".pgw", ".j2w", ".wld")  # the georeferencing, in a text beside the image
 GEO_TAGS = (33550, 33922, 34264, 34735, 42113)  # of TIFF: scale, tie points, matrix, coordinate system, nodata
 
 
-def open_scene(path, bands: tuple[int, ...] | None = None) -> "Scene":
+def open_scene(path: str | Path, bands: tuple[int, ...] | None = None) -> "Scene":
     """The image at `path`. bands: 1-based numbers of one (grey) or three bands to take for RGB.
 
     EXIF orientation is obeyed where the image is decoded whole; rasterio gives pixels as they are stored."""
@@ -42,17 +41,27 @@ def open_scene(path, bands: tuple[int, ...] | None = None) -> "Scene":
         raise UserError(f"{path} is empty (0 bytes): get it again.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits here are MAX_PLAIN and windows
-        reason = beyond_plain(path)
-        if reason:
-            return RasterFile(path, bands, reason)
-        try:
-            pixels = read_pixels(path)
-        except ValueError as error:
-            raise UserError(f"{error}.") from None
-    return PlainImage(pixels, bands, str(path))
+        reason = reason_for_rasterio(path)
+        return RasterFile(path, bands, reason) if reason else PlainImage(read_pixels(path), bands, str(path))
 
 
-def beyond_plain(path: Path) -> str:
+def as_scene(image: str | Path | Image.Image | np.ndarray) -> "Scene":
+    """A scene of a path, a PIL image or a uint8 array (H, W, 3)."""
+    if isinstance(image, (str, Path)):
+        return open_scene(image)
+    if isinstance(image, Image.Image):
+        with damage_as_user_error("The PIL image"):
+            pixels = pil_pixels(image)
+        return PlainImage(pixels)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"An image is a path, a PIL image or a uint8 array (H, W, 3), not {found}.")
+    if 0 in image.shape:
+        raise UserError(f"The image is empty: its shape is {image.shape}.")
+    return PlainImage(image)
+
+
+def reason_for_rasterio(path: Path) -> str:
     """Why the file needs rasterio, or '' where it is a plain image. An animation is a UserError."""
     try:
         with Image.open(path) as header:
@@ -63,6 +72,8 @@ def beyond_plain(path: Path) -> str:
                 raise UserError(f"{path} is an animation of {frames} frames: save the one you mean as a PNG.")
             if header.format == "JPEG2000":
                 return "is a JPEG 2000 file"
+            if header.format == "PNG" and header.mode != "I;16" and ";16" in str(header.tile[0].args):
+                return "has 16 bits a colour"  # Pillow would drop 8 of them
             if any(path.with_suffix(suffix).exists() for suffix in WORLD_FILES):
                 return "has a world file beside it"
             if header.format != "TIFF":
@@ -71,7 +82,8 @@ def beyond_plain(path: Path) -> str:
             if any(tag in tags for tag in GEO_TAGS):
                 return "is a GeoTIFF"
             bits, samples, extra = tags.get(258, (1,)), tags.get(277, 1), tags.get(338, (0,))
-            colours = samples in (1, 3) or header.mode == "CMYK" or samples == 4 and extra[0] in (1, 2)  # these are alpha
+            alpha = samples == 4 and extra[0] in (1, 2)
+            colours = samples in (1, 3) or header.mode == "CMYK" or alpha
             return "" if max(bits) <= 8 and colours else f"is a TIFF of {samples} bands, {max(bits)} bits each"
     except Image.DecompressionBombError:
         return "has more pixels than are decoded whole"
@@ -79,7 +91,7 @@ def beyond_plain(path: Path) -> str:
         raise
     except UnidentifiedImageError:
         return "is a TIFF of an uncommon kind" if path.suffix.lower() in (".tif", ".tiff") else ""
-    except Exception:  # a hostile header can raise nearly anything; `decode` puts it into words
+    except Exception:  # a hostile header can raise nearly anything; `read_pixels` puts it into words
         return ""
 
 
@@ -93,41 +105,34 @@ class Scene:
 
 # Plain images ----------------------------------------------------------------------------------------------------------
 
-TURNS = {  # by EXIF orientation: how the pixels are turned to be seen as meant
-    2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: a.swapaxes(0, 1)[:, ::-1], 7: lambda a: a.swapaxes(0, 1)[::-1, ::-1], 8: lambda a: a.swapaxes(0, 1)[::-1],
-}  # fmt: skip
+
+@contextlib.contextmanager
+def damage_as_user_error(name: str):
+    """What Pillow raises on a damaged image, which can be nearly anything, as a UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0][:150]
+        raise UserError(f"{name} can't be read ({reason or type(error).__name__}): get it again.") from None
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """The decoded file, turned as its EXIF orientation says: (H, W) or (H, W, 3 or 4), RGB(A) of any depth."""
-    pixels = decode(path, cv2.IMREAD_UNCHANGED, MAX_PLAIN)
-    with Image.open(path) as header:
-        if header.mode == "CMYK":
-            pixels = np.asarray(header.convert("RGB"))
-        elif pixels.ndim == 3:
-            pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
-        return pixels if header.format == "TIFF" else turned(pixels, header)  # OpenCV turns TIFFs by itself
-
-
-def turned(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
-    """The pixels as the image's EXIF orientation says; EXIF data that can't be read says nothing."""
-    try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # a damaged block can raise nearly anything
-        turn = None
-    return turn(pixels) if turn else pixels
+    """The decoded file, turned as its EXIF orientation says: (H, W) or (H, W, 3 or 4), RGB(A), of any depth."""
+    with damage_as_user_error(str(path)), Image.open(path) as image:
+        return pil_pixels(image)
 
 
 def pil_pixels(image: Image.Image) -> np.ndarray:
     """A PIL image's pixels as `read_pixels` gives a file's."""
+    image.load()
+    with contextlib.suppress(Exception):  # an EXIF block that can't be read says nothing
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode in ("L", "RGB", "RGBA", "F", "I") or image.mode.startswith("I;16"):
-        pixels = np.asarray(image)
-    else:
-        transparent = image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info
-        image = image.convert("LA") if image.mode == "La" else image  # PIL goes on to RGBA from there alone
-        pixels = np.asarray(image.convert("RGBA" if transparent else "RGB"))
-    return turned(pixels, image)
+        return np.asarray(image)
+    transparent = image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info
+    image = image.convert("LA") if image.mode == "La" else image  # PIL goes on to RGBA from there alone
+    return np.asarray(image.convert("RGBA" if transparent else "RGB"))
 
 
 class PlainImage(Scene):
@@ -204,7 +209,7 @@ def stretch(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:
 class RasterFile(Scene):
     """A file that rasterio reads by windows; see the head of this file. `reason`: why it is not a plain image.
 
-    crs and transform place it on Earth; crs is None where the file says nothing.
+    crs and transform georeference it; crs is None where the file says nothing.
     """
 
     suffix = ".tif"  # of its mask
@@ -213,9 +218,9 @@ class RasterFile(Scene):
         try:
             import rasterio
         except ImportError:
-            raise UserError(f"{path} {reason}, which needs rasterio: pip install rasterio.") from None
+            raise UserError(f"{path} {reason}, which needs rasterio: pip install rasterio shapely pyproj.") from None
         self.path, self.rasterio = path, rasterio
-        with self.sound():
+        with self.errors_as_user_errors():
             self.file = file = rasterio.open(path)
         if file.count == 0:
             raise UserError(f"{path} is a container of {len(file.subdatasets)} images: extract the one you mean.")
@@ -241,13 +246,13 @@ class RasterFile(Scene):
         self.limits = None
         scale = min(1, OVERVIEW / max(self.height, self.width))
         shape = (max(1, round(self.height * scale)), max(1, round(self.width * scale)))
-        pixels, valid = self.load(None, shape)
+        pixels, valid = self.read_bands(None, shape)
         if kinds != {"uint8"}:
             self.limits = stretch_limits(pixels, valid)
-        self.overview = self.colour(pixels, valid)
+        self.overview = self.to_rgb(pixels, valid)
 
     @contextlib.contextmanager
-    def sound(self):
+    def errors_as_user_errors(self):
         """Errors of rasterio in one sentence."""
         try:
             with warnings.catch_warnings():
@@ -257,11 +262,11 @@ class RasterFile(Scene):
             reason = str(error.__cause__ or error).splitlines()[0][:150]
             raise UserError(f"{self.path} can't be read: {reason}.") from None
 
-    def load(self, window, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    def read_bands(self, window, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         """The chosen bands (h, w, 3) at their own depth, and where they are valid (h, w) or None; reduced to `shape`."""
         kinds = self.rasterio.enums.Resampling
         options = {"window": window, "out_shape": (len(self.bands), *shape)}
-        with self.sound():
+        with self.errors_as_user_errors():
             resampling = kinds.nearest if self.palette is not None else kinds.average
             pixels = self.file.read(self.bands, resampling=resampling, **options).transpose(1, 2, 0)
             valid = self.file.read_masks(self.bands, **options).any(axis=0) if self.masked else None
@@ -269,8 +274,8 @@ class RasterFile(Scene):
             valid &= np.isfinite(pixels).all(axis=2)
         return pixels, valid
 
-    def colour(self, pixels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
-        """What `load` gives -> uint8 RGB, black where it is not valid."""
+    def to_rgb(self, pixels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+        """What `read_bands` gives -> uint8 RGB, black where it is not valid."""
         if self.palette is not None:
             pixels = self.palette.take(pixels[..., 0], axis=0, mode="clip")
         elif self.limits is not None:
@@ -278,24 +283,24 @@ class RasterFile(Scene):
         return np.ascontiguousarray(pixels if valid is None else pixels * valid[..., None])
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        return self.colour(*self.load(((top, top + height), (left, left + width)), (height, width)))
+        return self.to_rgb(*self.read_bands(((top, top + height), (left, left + width)), (height, width)))
 
     def valid(self, top: int, height: int) -> np.ndarray | None:
         window = (top, top + height), (0, self.width)
         if self.floats:  # which may hold NaN
-            return self.load(window, (height, self.width))[1]
-        with self.sound():
+            return self.read_bands(window, (height, self.width))[1]
+        with self.errors_as_user_errors():
             return self.file.read_masks(self.bands, window=window).any(axis=0) if self.masked else None
 
     @contextlib.contextmanager
     def mask_file(self, path: Path):
-        """A GeoTIFF with the scene's place, tiled and compressed; NODATA where the scene has no data."""
+        """A GeoTIFF with the scene's georeferencing, tiled and compressed; NODATA where the scene has no data."""
         options = {
             "driver": "GTiff", "height": self.height, "width": self.width, "count": 1, "dtype": "uint8",
             "tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "BIGTIFF": "IF_SAFER",
             "crs": self.crs, "transform": self.transform, "nodata": NODATA if self.masked else None,
         }  # fmt: skip
-        with self.sound(), self.rasterio.open(path, "w", **options) as file:
+        with self.errors_as_user_errors(), self.rasterio.open(path, "w", **options) as file:
             gcps, crs = self.file.gcps
             if gcps:
                 file.gcps = gcps, crs
