@@ -1,8 +1,9 @@
-"""Data sets of referring segmentation, from samples to batches: decoding, preparation, augmentation, collation.
+"""Data sets of referring segmentation, from samples to batches: preparation, augmentation, order, collation.
 
     python data.py --check RRSIS-D            statistics and a contact sheet of a data set, by name or by path
 
-Which samples a data set has is read by layouts.py. Files that are broken raise UserError with the sample's name.
+annotations/ reads which samples a data set has and their masks, imagery/ decodes and resizes. Whatever is broken raises
+UserError: one sentence with the sample's name.
 """
 
 import argparse
@@ -10,32 +11,47 @@ import hashlib
 import random
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 
 from annotations.check import check
-from annotations.layouts import NAMES, missing_files, read_samples
+from annotations.layouts import NAMES, Sample, missing_files, read_samples
 from annotations.masks import load_mask
 from imagery.pixels import read_image, resize_image, resize_mask
 from runtime.errors import UserError, exit_on_user_error
 
 
 def open_dataset(
-    data, split, *, image_size=1024, encoder_size=224, one_phrase=False, augment=None, seed=0, skip_missing=False
-):
-    """The split of a data set as a ReferringDataset; UserError if it can't be had.
+    data: str | Path,
+    split: str | None,
+    *,
+    image_size: int = 1024,
+    encoder_size: int = 224,
+    one_phrase: bool = False,
+    augment: str | None = None,
+    seed: int = 0,
+    skip_missing: bool = False,
+) -> "ReferringDataset":
+    """The split of a data set; UserError if it can't be had.
 
-    data: a name (its folder is in ./data) or a folder's path. split: 'train' and 'val' are matched exactly, 'test' takes every
-    split with 'test' in its name. one_phrase, as in training: an item is a sample with one of its phrases, drawn anew at every
-    access, instead of every phrase. augment, in training only: None, 'paper' or 'ours'. skip_missing: samples whose files are
-    missing are left out, and how many is printed, instead of an error.
+    data: a name (its folder is in ./data) or a folder's path.
+    split: 'train' and 'val' are matched exactly, 'test' takes every split with 'test' in its name; None: test, or val where
+        the data set has no test.
+    image_size, encoder_size: pixels a side of what the image encoder and the union encoder take.
+    one_phrase: an item is a sample with one of its phrases, drawn anew at every access, as in training; else each of them.
+    augment: None, 'paper' or 'ours', for split 'train' alone.
+    skip_missing: samples whose files are missing are left out, and their number is printed, instead of an error.
     """
     if augment not in (None, "paper", "ours") or (augment and split != "train"):
         raise ValueError(f"augment={augment!r} for split {split!r}: 'paper' and 'ours' are for train")
     name, root, everything = read_samples(data)
     splits = Counter(sample.split for sample in everything)
+    if split is None:
+        split = "test" if any("test" in key for key in splits) else "val"
     samples = [s for s in everything if s.split == split or (split == "test" and "test" in s.split)]
     if not samples:
         known = ", ".join(f"{key} ({n:,})" for key, n in splits.items()) or "none"
@@ -49,7 +65,7 @@ def open_dataset(
     if missing:
         print(f"{name} {split}: left out {len(absent):,} of {len(samples):,} samples, whose files are missing")
         samples = [sample for number, sample in enumerate(samples) if number not in absent]
-    return ReferringDataset(name, root, split, samples, splits, image_size, encoder_size, one_phrase, augment, seed)
+    return ReferringDataset(name, root, split, samples, image_size, encoder_size, one_phrase, augment, seed)
 
 
 # Augmentation, in training only.
@@ -73,7 +89,7 @@ FIXED = [re.compile(rf"{FIXED}|\bright (?:next|beside|behind|above|below|under|a
                     r"|\b(?:superior|inferior|arriba|abajo|cima|baixo|alto|basso|haut|bas|oben|unten)\b", re.IGNORECASE)]
 
 
-def flip_phrase(phrase, horizontal, vertical):
+def flip_phrase(phrase: str, horizontal: bool, vertical: bool) -> str:
     """The phrase with its position words (left, upper, north-east ...) swapped as the flips swap the image."""
     def swap(match):
         word = new = match.group()
@@ -83,7 +99,9 @@ def flip_phrase(phrase, horizontal, vertical):
     return re.sub("[A-Za-z]+", swap, phrase)
 
 
-def augment_ours(image, mask, phrase, rng):
+def augment_ours(
+    image: np.ndarray, mask: np.ndarray, phrase: str, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, str]:
     """Flips that swap the phrase's position words too, mild colour, and black squares on every fifth image."""
     flips = [rng.random() < 0.5 and phrase.isascii() and not fixed.search(phrase) for fixed in FIXED]
     if any(flips):
@@ -98,7 +116,7 @@ def augment_ours(image, mask, phrase, rng):
     return image, mask, phrase
 
 
-def black_squares(image, rng, side, height, width):
+def black_squares(image: np.ndarray, rng: np.random.Generator, side: int, height: int, width: int) -> None:
     """Paint 20 to 60 black squares into the image (H, W, 3), each within height x width pixels."""
     for _ in range(rng.integers(20, 61)):
         y, x = rng.integers(max(1, height - side + 1)), rng.integers(max(1, width - side + 1))
@@ -120,10 +138,12 @@ class ReferringDataset(torch.utils.data.Dataset):
         mask            uint8 (H, W)                            1 = foreground, at the size stored (flipped if they are)
     """
 
-    def __init__(self, name, root, split, samples, splits, image_size, encoder_size, one_phrase, augment, seed):
+    def __init__(
+        self, name: str, root: Path, split: str, samples: list[Sample], image_size: int, encoder_size: int,
+        one_phrase: bool, augment: str | None, seed: int,
+    ):  # fmt: skip
         self.name, self.root, self.split, self.samples = name, root, split, samples
         self.image_size, self.encoder_size, self.augment, self.seed = image_size, encoder_size, augment, seed
-        self.split_sizes = splits
         self.one_phrase = one_phrase
         self.items = [(i, j) for i, sample in enumerate(samples) for j in range(len(sample.phrases))]
         self.marked = set()
@@ -131,14 +151,10 @@ class ReferringDataset(torch.utils.data.Dataset):
             self.marked = set(random.Random(2401).sample(range(len(samples)), int(0.2 * len(samples))))
         cv2.setNumThreads(0)  # OpenCV's threads don't survive the fork into a DataLoader's workers
 
-    def splits(self):
-        """{split: its samples, those with missing files included} of the whole data set."""
-        return dict(self.split_sizes)
-
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.samples) if self.one_phrase else len(self.items)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
         index, epoch = key if isinstance(key, (list, tuple)) else (key, 0)
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
@@ -179,7 +195,7 @@ class TrainingOrder(torch.utils.data.Sampler):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         number, order = -1, None
         for start in self.starts:
             keys = []
@@ -195,26 +211,23 @@ class Collate:
     """Items -> batch: image, encoder_image, target stacked; 'ids' int64 (B, L) and 'lengths' int64 (B,) as
     tokenizer(phrases) gives them; lists of id, file, scene, phrase, kind, category and mask, whose sizes may differ."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]):
         self.tokenizer = tokenizer
 
-    def __call__(self, items):
+    def __call__(self, items: list[dict]) -> dict:
         batch = {key: [item[key] for item in items] for key in items[0]}
         batch |= {key: torch.stack(batch[key]) for key in ("image", "encoder_image", "target")}
         batch["ids"], batch["lengths"] = self.tokenizer(batch["phrase"])
         return batch
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Check a data set: print statistics, draw a contact sheet.")
     parser.add_argument("--check", required=True, metavar="DATA", help=f"a folder, or one of {', '.join(NAMES)}")
     parser.add_argument("--sheet", default="data-check.png", help="contact sheet, a PNG; a new name is taken if it exists")
     args = parser.parse_args()
-    try:
+    with exit_on_user_error("data.py"):
         check(args.check, args.sheet)
-    except (UserError, OSError) as error:  # the latter of the sheet
-        print(error, file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

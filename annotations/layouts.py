@@ -1,8 +1,7 @@
 """The layouts of data sets on disk: from index files to a list of samples.
 
-Four are told apart by the files in the folder (LAYOUTS below): that of RRSIS-D and other REFER-like sets, RefSegRS's,
-RISBench's, and a plain one for data of your own. Index files are read without running code from them. What is broken
-raises UserError, with one sentence for the user, and never becomes a different sample.
+The files in the folder decide between four (LAYOUTS below): RRSIS-D and other REFER-like sets, RefSegRS, RISBench, and a
+plain one for data of your own. Index files are read without running code from them. Whatever is broken raises UserError.
 """
 
 import csv
@@ -48,28 +47,30 @@ class Sample:
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Admits dicts, lists, strings and numbers, and refuses whatever names a class or function. It is the Python
-    version of the class, because a single opcode can make the C one reserve any amount of memory."""
+    """Loads dicts, lists, strings and numbers; whatever names a class or a function, and so could run code, is refused.
+
+    It is the Python version of the class, without byte arrays: elsewhere a claimed length alone reserves memory."""
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module, name):
         raise ValueError(f"it asks for {module}.{name}, which phrases don't need and which could run code")
 
-    def refuse(self):
-        raise ValueError("it holds a byte array, which phrases don't need and which reserves what it claims to hold")
 
-    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: refuse}
-
-
-def read_text(path):
+def read_text(path: Path) -> str:
     data = file_bytes(path)
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line} is not UTF-8: save the file in that encoding.") from None
+    if "\0" in text:  # the csv module refuses it on Python 3.10 and takes it from 3.11 on
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise UserError(f"{path}, line {line} holds NUL: take it out.")
+    return text
 
 
-def read_json(path):
+def read_json(path: Path):
     def refuse(constant):
         raise ValueError(f"it holds {constant}")
     try:
@@ -78,7 +79,7 @@ def read_json(path):
         raise UserError(f"{path} is not sound JSON ({error}): get it again from its source.") from None
 
 
-def read_pickle(path):
+def read_pickle(path: Path) -> list:
     data = io.BytesIO(file_bytes(path))
     try:
         refs = PlainUnpickler(data, encoding="utf-8").load()
@@ -86,11 +87,11 @@ def read_pickle(path):
             raise ValueError(f"it holds {type(refs).__name__}, not a list")
         return refs
     except Exception as error:  # a damaged pickle can raise nearly anything
-        reason = str(error)[:200] or type(error).__name__
+        reason = f"{type(error).__name__}: {error}"[:200]
         raise UserError(f"{path} is not read ({reason}): get it again from its source.") from None
 
 
-def clean_phrase(text, where):
+def clean_phrase(text, where: str) -> str:
     """The phrase without the blanks around it; double spaces and typos inside stay."""
     text = text.strip() if isinstance(text, str) else ""
     if not text:
@@ -102,7 +103,7 @@ def clean_phrase(text, where):
     return text
 
 
-def read_refer(refs_file):
+def read_refer(refs_file: Path) -> list[Sample]:
     """RRSIS-D and relatives: refs(unc).p with the phrases, instances.json with the masks."""
     instances_file = refs_file.with_name(refs_file.name.replace("refs(unc).p", "instances.json"))
     refs, instances = read_pickle(refs_file), read_json(instances_file)
@@ -126,12 +127,12 @@ def read_refer(refs_file):
     # The images lie in <root>/images/rrsisd/JPEGImages or, for relatives, somewhere like it: where most are found.
     folder, names = refs_file.parent, {sample.image for sample in samples}
     below = (f"{folder.name}/JPEGImages", folder.name, "JPEGImages", "")
-    places = [parent / "images" / name for parent in (folder.parent, folder) for name in below] + [folder]
-    place = max(filter(Path.is_dir, places), key=lambda place: len(names.intersection(os.listdir(place))))
-    return [replace(sample, image=os.path.join(place, sample.image)) for sample in samples]
+    folders = [parent / "images" / name for parent in (folder.parent, folder) for name in below] + [folder]
+    images = max(filter(Path.is_dir, folders), key=lambda path: len(names.intersection(os.listdir(path))))
+    return [replace(sample, image=os.path.join(images, sample.image)) for sample in samples]
 
 
-def refer_sample(ref, images, annotations, categories, where):
+def refer_sample(ref: dict, images: dict, annotations: dict, categories: dict, where: str) -> Sample:
     parts, category = [], ref.get("category_id")
     for ann_id in ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]:
         if ann_id in (None, -1):  # how relatives say that the phrase has no target in the image
@@ -159,7 +160,7 @@ def refer_sample(ref, images, annotations, categories, where):
         size=(int(image["height"]), int(image["width"])) if "height" in image and "width" in image else None)
 
 
-def read_phrase_lists(root, lists):
+def read_phrase_lists(root: Path, lists: list[Path]) -> list[Sample]:
     """RefSegRS (ids without a suffix) and RISBench (file names); lines with the same id are one sample."""
     images, masks = files_by_id(root, "img_rgb", "images"), files_by_id(root, "mask", "masks")
     samples = []
@@ -180,7 +181,7 @@ def read_phrase_lists(root, lists):
     return samples
 
 
-def files_by_id(root, *names):
+def files_by_id(root: Path, *names: str) -> dict[str, str]:
     """{file name with and without suffix: path} of the images in the folder that is there; the folder itself as ''."""
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
@@ -190,7 +191,7 @@ def files_by_id(root, *names):
     return {id: os.path.join(folder, name) for id, name in files.items()}
 
 
-def read_csv(path):
+def read_csv(path: Path) -> list[Sample]:
     """Data of your own; rows with the same image and mask are one sample with several phrases."""
     columns, targets = ("image", "mask", "phrase", "split"), {}
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
@@ -216,7 +217,7 @@ def read_csv(path):
             for (image, mask, split), phrases in targets.items()]
 
 
-def read_samples(data):
+def read_samples(data: str | Path) -> tuple[str, Path, list[Sample]]:
     """(name, root, samples of all splits) of a data set given by its name, a folder of ./data, or by its folder's path."""
     root, named = Path(data), Path("data", data)
     try:
@@ -249,7 +250,7 @@ def read_samples(data):
     return name, root, samples
 
 
-def missing_files(samples):
+def missing_files(samples: list[Sample]) -> dict[str, list[int]]:
     """{path of a file that isn't there: [its samples' numbers in `samples`]}; one look into each folder."""
     inside, missing = {}, {}
     for number, sample in enumerate(samples):

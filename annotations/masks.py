@@ -1,13 +1,19 @@
 """Masks of referring data sets: from a file, COCO RLEs or polygons to an array. What goes wrong is a ValueError."""
 
+import re
+
 import cv2
 import numpy as np
 from pycocotools import mask as coco
 
+from annotations.layouts import Sample
 from imagery.pixels import MAX_PIXELS, decode
 
+# The numbers of a compressed RLE: of each character's six bits the highest says whether the number goes on.
+NUMBERS = re.compile("(?:[P-o]{0,6}[0-O])+")
 
-def load_mask(sample, size):
+
+def load_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
     """uint8 (H, W) of 0/1 as stored; `size` (H, W) is the image's, and the mask's where the data set gives none."""
     if isinstance(sample.mask, str):
         pixels = decode(sample.mask, cv2.IMREAD_UNCHANGED)
@@ -27,38 +33,47 @@ def load_mask(sample, size):
     return np.maximum.reduce(planes) if planes else np.zeros((height, width), np.uint8)
 
 
-def decode_rle(rle):
-    """COCO RLE {'size': [H, W], 'counts': str or list} -> uint8 (H, W) of 0/1. Not by pycocotools, which reads past
-    the end of a string whose last number goes on, and takes runs that add up to too little without a word."""
+def decode_rle(rle: dict) -> np.ndarray:
+    """COCO RLE {'size': [H, W], 'counts': str or list of int} -> uint8 (H, W) of 0/1.
+
+    pycocotools writes past its memory where a string's last number goes on (hence NUMBERS), and leaves memory as it was
+    where the runs add up to too little (hence `fits`: runs that fill the mask don't fit into one pixel less)."""
     try:
-        height, width = map(int, rle["size"])
-        counts = rle["counts"]
-        counts = rle_counts(counts) if isinstance(counts, str) else np.asarray(counts, np.int64)
-        sound = 0 < height * width <= MAX_PIXELS and 0 <= counts.min() and counts.max() <= MAX_PIXELS
-        sound = sound and counts.ndim == 1 and counts.sum() == height * width
+        rle = compressed(rle)
+        height, width = rle["size"]
+        if not NUMBERS.fullmatch(rle["counts"]) or fits(rle | {"size": [1, height * width - 1]}):
+            raise ValueError
+        return np.ascontiguousarray(coco.decode(rle))
     except (KeyError, OverflowError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ValueError("the mask is not RLE, or its runs don't add up to its size")
-    runs = (np.arange(len(counts)) & 1).astype(np.uint8)  # background first, column by column
-    return np.ascontiguousarray(np.repeat(runs, counts).reshape(width, height).T)
+        raise ValueError("the mask is not RLE, or its runs don't add up to its size") from None
 
 
-def rle_counts(text):
-    """int64 (n,) run lengths of a compressed RLE. A character from '0' on holds 5 bits, the lowest first, and a sixth
-    that says whether the number goes on; from the fourth on, numbers are differences to the one two before."""
-    bits = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
-    last = bits & 32 == 0
-    start = np.flatnonzero(np.r_[True, last[:-1]])
-    place = np.arange(len(bits)) - np.repeat(start, np.diff(np.r_[start, len(bits)]))
-    if bits.min() < 0 or bits.max() > 63 or not last[-1] or place.max() > 6:
-        raise ValueError("not a compressed RLE")
-    counts = np.add.reduceat((bits & 31) << 5 * place, start) - np.where(bits[last] & 16, 32 << 5 * place[last], 0)
-    counts[1::2], counts[2::2] = np.cumsum(counts[1::2]), np.cumsum(counts[2::2])
-    return counts
+def compressed(rle: dict) -> dict:
+    """The RLE with its size as integers, at most MAX_PIXELS, and its counts as a string."""
+    height, width = size = [int(side) for side in rle["size"]]
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError
+    counts = rle["counts"]
+    if isinstance(counts, list):
+        counts = coco.frPyObjects({"size": size, "counts": counts}, height, width)["counts"].decode()
+    return {"size": size, "counts": counts}
 
 
-def draw_polygon(polygon, height, width):
+def fits(rle: dict) -> bool:
+    try:
+        coco.decode(rle)
+    except ValueError:
+        return False
+    return True
+
+
+def survives_encoding(rle: dict) -> bool:
+    """Whether encode(decode(rle)) is the same RLE; one with runs of length 0 is not."""
+    encoded = coco.encode(np.asfortranarray(decode_rle(rle)))
+    return encoded | {"counts": encoded["counts"].decode()} == compressed(rle)
+
+
+def draw_polygon(polygon: list, height: int, width: int) -> np.ndarray:
     """[x0, y0, x1, y1, ...] -> uint8 (H, W) of 0/1; what lies outside is cut off."""
     try:
         points = np.asarray(polygon, np.float64)
@@ -72,5 +87,4 @@ def draw_polygon(polygon, height, width):
     (left, top), (right, bottom) = points.reshape(-1, 2).min(0), points.reshape(-1, 2).max(0)
     if right < 0 or bottom < 0 or left > width or top > height:
         raise ValueError("the mask has a polygon outside of the image")
-    (rle,) = coco.frPyObjects([points.tolist()], height, width)
-    return decode_rle({"size": rle["size"], "counts": rle["counts"].decode()})
+    return np.ascontiguousarray(coco.decode(coco.frPyObjects([points.tolist()], height, width))[..., 0])
