@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data import Collate, TrainingOrder, open_dataset
 from evaluate import best_median_worst, print_results, results_by_group, score, write_panels
+from fusion import CrossAttention
 from losses import total_loss
 from model import RS2SAM2, compiled, count_parameters
 from presets import PRESETS, RECIPES, Preset, Recipe, with_settings
@@ -126,7 +127,7 @@ def parameter_groups(model: RS2SAM2, recipe: Recipe) -> list[dict]:
     foundation = {i: p for i, p in trained.items() if i not in fusion}
     assert fusion.keys() <= trained.keys() and len(fusion) + len(foundation) == len(trained)
     found = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    found += [m.in_proj_weight for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    found += [m.in_proj_weight for m in model.modules() if isinstance(m, (nn.MultiheadAttention, CrossAttention))]
     matrices = {id(p) for p in found if recipe.muon and min(p.shape) > 1}
     groups = []
     for muon, times in ((False, 1.0), (True, recipe.muon))[: 1 + bool(recipe.muon)]:
@@ -366,7 +367,8 @@ def prepare(args: argparse.Namespace, preset: Preset, recipe: Recipe, checkpoint
     torch.manual_seed(args.seed)
     if checkpoint:
         return rebuild(checkpoint, edit, preset.image_size, args.resume or args.init), train_set, val_set
-    model = build_model(args.model, preset, args.from_scratch, args.sam2, args.encoder_weights)
+    ways = {"from_scratch": args.from_scratch, "sam2_file": args.sam2, "encoder_weights": args.encoder_weights}
+    model = build_model(args.model, preset, **ways)
     if edit:
         edit(model)
     return model, train_set, val_set

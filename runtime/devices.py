@@ -54,9 +54,9 @@ def card_failures():
     try:
         yield
     except torch.OutOfMemoryError:
-        sentence = "the card's memory is full: raise --accumulate, or try --checkpoint-activations or a smaller --set image_size"
+        sentence = "the card's memory is full: raise --accumulate, try --checkpoint-activations or a smaller --set image_size"
         raise UserError(sentence, exit_code=1) from None
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = " ".join(str(error).split())[:200]
-        sentence = f"torch.compile failed ({reason}): install what it misses, often a C compiler, or train without it, slower, by "
-        raise UserError(sentence + "TORCH_COMPILE_DISABLE=1 in the environment", exit_code=1) from error
+        way_out = "install what it misses, often a C compiler, or train slower by TORCH_COMPILE_DISABLE=1 in the environment"
+        raise UserError(f"torch.compile failed ({reason}): {way_out}", exit_code=1) from error
