@@ -86,7 +86,7 @@ def build_model(
         load_sam2(model, sam2_file or find_sam2(preset.sam2))
         return model
     if source is None:
-        raise UserError(f"preset {name} has no pretrained tag of {preset.encoder_name}: name one or a file by --encoder-weights")
+        raise UserError(f"preset {name} names no tag of {preset.encoder_name}: give a tag or a file by --encoder-weights")
     # A tag says how its model was trained (activation, normalisation); a file alone is taken for the name's usual way.
     preset = replace(preset, encoder_tag=tag_and_file(source)[0])
     with skip_initialisation():
