@@ -40,7 +40,7 @@ from runtime.processes import gather, launch, launched, process_group, processes
 from runtime.run_folder import RunFolder, free_run, revision
 from runtime.signals import StopSignal, ignore_signals
 from synthetic_scenes.scenes import ensure_scenes
-from weights.checkpoints import build_model, read_checkpoint, read_run, rebuild, stored_preset, stored_recipe
+from weights import checkpoints
 
 SAVE_EVERY = 600  # seconds between two last.pt within an epoch
 
@@ -85,7 +85,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     parser, checkpoint = command_line(), None
     args = parser.parse_args(arguments)
     if args.resume:
-        checkpoint, last = read_run(args.resume)
+        checkpoint, last = checkpoints.read_run(args.resume)
         in_recipe = {"resume", "set", "epochs", "batch_size"}
         free = in_recipe | {"data", "skip_missing", "accumulate", "checkpoint_activations", "gpus", "workers"}
         parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k not in in_recipe})
@@ -98,7 +98,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]
         if given := [key for key in ("model", "from_scratch", "sam2", "encoder_weights") if getattr(args, key)]:
             flag = f"--{given[0].replace('_', '-')}"
             raise UserError(f"{flag} and --init exclude each other: the checkpoint fixes the network")
-        checkpoint = read_checkpoint(args.init)
+        checkpoint = checkpoints.read_checkpoint(args.init)
         args.model = checkpoint["model_name"]
     args.model = args.model or ("tiny" if Path(args.data).name == "scenes" else "large")
     return args, checkpoint
@@ -106,8 +106,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]
 
 def resolve(args: argparse.Namespace, checkpoint: dict | None) -> tuple[Preset, Recipe]:
     """The run's preset and recipe, complete: those of --model or of the checkpoint, changed by the flags."""
-    preset = stored_preset(checkpoint) if checkpoint else PRESETS[args.model]
-    recipe = stored_recipe(checkpoint) if args.resume else RECIPES[args.model]
+    preset = checkpoints.stored_preset(checkpoint) if checkpoint else PRESETS[args.model]
+    recipe = checkpoints.stored_recipe(checkpoint) if args.resume else RECIPES[args.model]
     new_preset, new_recipe = with_settings(preset, recipe, args.set)
     changes = f"--set {' '.join(args.set)}"
     if args.resume and (new_preset != preset or replace(new_recipe, lr=recipe.lr) != recipe):
@@ -186,14 +186,10 @@ class Run:
 
     def checkpoint(self, metrics: dict) -> dict:
         """What best.pt holds: all that evaluate.py and predict.py need, as plain values and tensors."""
-        tokenizer = getattr(self.model.union_encoder.tokenizer, "model", None)
-        tokenizer = tokenizer and torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
-        return {
-            "preset": asdict(self.model.preset), "recipe": asdict(self.recipe), "left_out": self.left_out,
-            "model": self.model.state_dict(), "tokenizer": tokenizer, "model_name": self.args.model,
-            "data": self.args.data, "metrics": metrics, "epoch": self.epoch, "revision": self.revision,
-            "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()},
-            "torch": str(torch.__version__),
+        return checkpoints.model_entries(self.model) | {
+            "recipe": asdict(self.recipe), "left_out": self.left_out, "model_name": self.args.model, "data": self.args.data,
+            "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}, "metrics": metrics,
+            "epoch": self.epoch, "revision": self.revision, "torch": str(torch.__version__),
         }  # fmt: skip
 
     def save(self, metrics: dict) -> None:
@@ -346,8 +342,7 @@ def validate(run: Run) -> dict:
 def finish(run: Run) -> None:
     """Score and picture the best weights."""
     gather(None)  # rank 0 has written best.pt
-    best = run.folder.best
-    run.model.load_state_dict(read_checkpoint(best)["model"])
+    run.model.load_state_dict(checkpoints.read_checkpoint(best := run.folder.best)["model"])
     rows = score_validation(run)
     if rank():
         return
@@ -366,9 +361,9 @@ def prepare(args: argparse.Namespace, preset: Preset, recipe: Recipe, checkpoint
     val_set = open_dataset(args.data, "val", **common)
     torch.manual_seed(args.seed)
     if checkpoint:
-        return rebuild(checkpoint, edit, preset.image_size, args.resume or args.init), train_set, val_set
+        return checkpoints.rebuild(checkpoint, edit, preset.image_size, args.resume or args.init), train_set, val_set
     ways = {"from_scratch": args.from_scratch, "sam2_file": args.sam2, "encoder_weights": args.encoder_weights}
-    model = build_model(args.model, preset, **ways)
+    model = checkpoints.build_model(args.model, preset, **ways)
     if edit:
         edit(model)
     return model, train_set, val_set
@@ -403,13 +398,10 @@ def main(arguments: list[str] | None = None, edit=None, left_out: tuple[str, ...
         print(f"{variant} on {args.data} ({len(train_set):,} training targets, {len(val_set):,} validation phrases), {where}, "
               f"run {args.out}\nparameters: {counts['total']:,} total, {counts['trained']:,} trained, "
               f"{counts['frozen']:,} frozen", flush=True)  # fmt: skip
-        try:
-            with card_failures():
-                train(run, stop)
-                finish(run)
-        except SystemExit:
-            print(f"\nstopped; go on with: python train.py --resume {args.out}", flush=True)
-            raise
+        stop.farewell = f"stopped; go on with: python train.py --resume {args.out}"
+        with card_failures():
+            train(run, stop)
+            finish(run)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import sys
 
 class StopSignal:
     """Within `deferred()` a signal is noted in `number`, for the loop to end by after its step; elsewhere all that is wanted
-    is on disk, and it ends the program at once, with exit code 143 (SIGTERM) or 130 (Ctrl-C)."""
+    is on disk, and it ends the program at once. It ends with exit code 143 (SIGTERM) or 130 (Ctrl-C) and prints `farewell`."""
 
     def __init__(self):
-        self.number, self.patient = 0, False
+        self.number, self.patient, self.farewell = 0, False, ""
 
     def watch(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -22,6 +22,8 @@ class StopSignal:
             self.exit()
 
     def exit(self) -> None:
+        if self.farewell:
+            print(f"\n{self.farewell}", flush=True)
         sys.exit(128 + self.number)
 
     @contextlib.contextmanager

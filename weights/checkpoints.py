@@ -199,9 +199,10 @@ def rebuild(
     edit: called on the model before its weights are loaded (the stand-ins of an ablation); image_size: instead of the one it
     was trained at; path: what an error calls it.
     """
-    if (left_out := checkpoint.get("left_out")) and edit is None:
-        raise UserError(f"{path} is an ablation's, without {', '.join(left_out)}: score it by `python -m experiments.ablate`")
     try:
+        if (left_out := checkpoint.get("left_out")) and edit is None:
+            without = f"without {', '.join(left_out)}"
+            raise UserError(f"{path} is an ablation's, {without}: score it by `python -m experiments.ablate`")
         preset = stored_preset(checkpoint, path)
         with skip_initialisation():
             model = RS2SAM2(replace(preset, image_size=image_size) if image_size else preset)
@@ -249,4 +250,16 @@ def read_run(path: str | Path) -> tuple[dict, Path]:
             f"{last} holds weights alone (no {missing[0]}) and can't be gone on with: name the run's folder or its last.pt, or "
             f"start from these weights by --init"
         )
+    if "average_steps" in state:
+        raise UserError(
+            f"{last} was written by an earlier revision ({state['revision']}): finish the run with that one, or start from its "
+            f"weights by --init"
+        )
     return state, last
+
+
+def model_entries(model: RS2SAM2) -> dict:
+    """What a checkpoint holds of its model: "preset" as plain values, the state dict "model", the "tokenizer" as bytes."""
+    tokenizer = getattr(model.union_encoder.tokenizer, "model", None)
+    tokenizer = tokenizer and torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
+    return {"preset": asdict(model.preset), "model": model.state_dict(), "tokenizer": tokenizer}
