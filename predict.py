@@ -100,9 +100,7 @@ class RS2SAM2Predictor:
             (mask, score, logits): the mask, bool (H, W); the mean probability inside it, 0.0 where it is empty; and the
             logits, float32 (H, W) at the image's size, positive on the mask. Lists of each where image or phrase is a list.
             Where the image has no data (alpha 0, nodata of a GeoTIFF), the mask is False whatever the logits.
-
-        Raises:
-            UserError: in one sentence, for an image that can't be read, a phrase that is none, a wrong option.
+            UserError, in one sentence, for an image that can't be read, an empty phrase or a wrong option.
         """
         if tiling not in TILINGS:
             raise UserError(f"tiling {tiling!r} is unknown: it is one of {', '.join(TILINGS)}.")
@@ -137,10 +135,8 @@ class RS2SAM2Predictor:
     def cut_note(self, phrase: str) -> str:
         """A sentence where the phrase is longer than the model reads, else ''."""
         tokenizer = self.model.union_encoder.tokenizer
-        length = tokenizer.length(phrase)
-        if length <= tokenizer.context:
-            return ""
-        return f"The phrase has {length:,} tokens, the model reads the first {tokenizer.context} and ignores the rest."
+        length, most = tokenizer.length(phrase), tokenizer.context
+        return f"The phrase has {length:,} tokens, the model reads the first {most} of them." if length > most else ""
 
 
 def as_pairs(image, phrase) -> tuple[list, list[str]]:
@@ -199,14 +195,15 @@ def read_list(path: Path) -> list[tuple[Path, str, str]]:
 
 
 class PredictionRun:
-    """Does jobs one after the other, small images in batches; `failures` are (job, reason)."""
+    """Does jobs one after the other, small images in batches."""
 
     def __init__(self, predictor: RS2SAM2Predictor, args: argparse.Namespace, jobs: list[Job]):
         self.predictor, self.args, self.jobs = predictor, args, jobs
         self.folder = ResultFolder(args.out, [job.image for job in jobs], args.overwrite)
         self.failures: list[tuple[Job, str]] = []
 
-    def run(self) -> None:
+    def run(self) -> list[tuple[Job, str]]:
+        """Predict and write all -> what has failed: (job, reason)."""
         pending, opened, scene = [], None, None
         with tqdm(total=len(self.jobs), desc="phrases", disable=None) as self.bar:
             for job in self.jobs:
@@ -217,27 +214,31 @@ class PredictionRun:
                     if job.image != opened:
                         opened, scene = job.image, None
                         scene = open_scene(job.image, self.args.bands)
-                        if not is_large(scene, self.args.tile):
-                            scene.read_all()  # damage costs its own image, not the batch that it would come into
                     elif scene is None:
                         raise UserError("The image could not be opened, see above.")
                     self.folder.refuse_existing(job, scene)
                 except (UserError, OSError) as error:
                     self.fail(job, error)
                     continue
-                if is_large(scene, self.args.tile):
-                    self.predict([(job, scene)])
-                    continue
                 pending.append((job, scene))
-                if len(pending) == self.args.batch:
+                if len(pending) == self.args.batch or is_large(scene, self.args.tile):
                     self.predict(pending)
                     pending.clear()
             self.predict(pending)
+        return self.failures
 
     def predict(self, pending: list[tuple[Job, Scene]]) -> None:
         """Predict and write: small scenes in one forward pass, a large one in tiles."""
         args, (jobs, scenes) = self.args, zip(*pending) if pending else ((), ())
-        rows = scene_rows(self.predictor.look, scenes, [job.phrase for job in jobs], args.tile, args.tiling, args.batch)
+        phrases, options = [job.phrase for job in jobs], (args.tile, args.tiling, args.batch)
+        try:
+            rows = list(scene_rows(self.predictor.look, scenes, phrases, *options))
+        except (UserError, OSError) as error:
+            if len(pending) == 1:
+                return self.fail(jobs[0], error)
+            for one in pending:  # an image that can't be read costs its own jobs alone
+                self.predict([one])
+            return
         for job, scene, strips in zip(jobs, scenes, rows):
             notes = [note] if (note := self.predictor.cut_note(job.phrase)) else []
             settings = {"tile": args.tile or TILE, "tiling": args.tiling} if is_large(scene, args.tile) else {}
@@ -273,8 +274,7 @@ def parse_args() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="make results anew that exist; without it they are left alone")
     add("--tile", type=at_least(int, 32), metavar="N", help="cut images over N pixels a side into tiles of N; "
         f"without it, those over {LARGE:,} into tiles of {TILE:,}")  # fmt: skip
-    add("--tiling", choices=TILINGS, default="scene", help="whether phrases refer to the whole scene, which tiles then "
-        "refine, or to each tile on its own (default: scene); see imagery/tiles.py")  # fmt: skip
+    add("--tiling", choices=TILINGS, default="scene", help="what phrases are about: the whole scene or each tile")
     add("--bands", type=band_numbers, metavar="R,G,B", help="bands to look at, from 1 (default: the first three)")
     add("--batch", type=at_least(int, 1), default=8, help="images or tiles at once (default: 8)")
     return parser.parse_args()
@@ -288,11 +288,10 @@ def main() -> None:
     with exit_on_user_error("predict.py"):
         jobs = find_jobs(args.image, args.phrase)
         predictor = RS2SAM2Predictor.from_pretrained(args.ckpt)
-        run = PredictionRun(predictor, args, jobs)
-        run.run()
-    if run.failures:
-        print(f"predict.py: {len(run.failures)} of {len(jobs)} failed:", file=sys.stderr)
-        for job, reason in run.failures:
+        failures = PredictionRun(predictor, args, jobs).run()
+    if failures:
+        print(f"predict.py: {len(failures)} of {len(jobs)} failed:", file=sys.stderr)
+        for job, reason in failures:
             print(f'  {job.image}, "{job.phrase[:60]}": {reason}', file=sys.stderr)
         sys.exit(1)
 
