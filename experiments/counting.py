@@ -5,6 +5,7 @@
 The model runs on fake tensors, which have shapes and no content, so any preset is counted on any machine in seconds.
 """
 
+import argparse
 import contextlib
 import math
 import weakref
@@ -166,4 +167,7 @@ def memory_table() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m experiments.counting", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(memory_table())

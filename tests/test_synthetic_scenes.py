@@ -1,4 +1,5 @@
 """Scenes: layout on disk, determinism, and every phrase checked against the geometry by rules of this file's own."""
+
 import json
 import math
 import pickle
@@ -9,7 +10,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-import scenes
+from runtime.errors import UserError
+from synthetic_scenes import __main__ as command
+from synthetic_scenes import objects as words
+from synthetic_scenes import phrases, scenes
+from synthetic_scenes.phrases import HELD_OUT
 
 NAMES = {"airplane": "airplane", "baseball field": "baseballfield", "harbor": "harbor",
          "ship": "ship", "stadium": "stadium", "storage tank": "storagetank", "tennis court": "tenniscourt",
@@ -132,7 +137,7 @@ def test_every_phrase_has_one_right_answer(many):
             assert len(found) == 1 and found[0] is s.objects[i], phrase
             assert parsed == kind, phrase
             seen[kind] += 1
-    assert set(seen) == set(scenes.KINDS)
+    assert set(seen) == set(phrases.KINDS)
     assert all(0.04 < n / seen.total() < 0.35 for n in seen.values()), seen
 
 
@@ -157,7 +162,7 @@ def test_objects_are_apart_inside_and_coloured_as_named(many):
             assert not (cv2.dilate(o.mask.astype(np.uint8), np.ones((5, 5), np.uint8)) & union).any()
             union |= o.mask
             pixels = s.image[o.mask].astype(float)        # the named colour is the most frequent one on the body
-            palette = np.array([scenes.COLOURS[c] for c in COLOURS])
+            palette = np.array([words.COLOURS[c] for c in COLOURS])
             chroma = [p / np.linalg.norm(p, axis=1, keepdims=True) for p in (pixels, palette)]
             if o.colour not in ("white", "gray"):
                 assert Counter((chroma[0] @ chroma[1][:4].T).argmax(1)).most_common(1)[0][0] == COLOURS.index(o.colour)
@@ -169,10 +174,8 @@ def test_other_sizes(size):
     assert s.image.shape == (size, size, 3) and all(o.mask.shape == (size, size) for o in s.objects)
 
 
-def test_scene_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="split"):
-        scenes.scene(0, "dev", 0)
-    with pytest.raises(ValueError, match="size"):
+def test_scenes_of_a_size_that_cannot_be_drawn_are_refused():
+    with pytest.raises(UserError, match="scenes of 64 pixels can't be drawn: choose a size from 96 to 256"):
         scenes.scene(0, "train", 0, 64)
 
 
@@ -184,7 +187,7 @@ def test_layout(written):
     images, annotations = {i["id"]: i for i in data["images"]}, {a["id"]: a for a in data["annotations"]}
     assert [i["file_name"] for i in data["images"]] == [f"{n:05d}.jpg" for n in range(8)]
     splits = {n: ("train", n) if n < 4 else ("val", n - 4) if n < 6 else ("test", n - 6) for n in range(8)}
-    told = {n: [] for n in range(8)}
+    sentences = {n: [] for n in range(8)}
     for ref in refs:
         assert set(ref) == {"image_id", "split", "sentences", "file_name", "category_id", "ann_id", "sent_ids", "ref_id"}
         split, index = splits[ref["image_id"]]
@@ -202,11 +205,11 @@ def test_layout(written):
         for t in ref["sentences"]:
             assert set(t) == {"tokens", "raw", "sent_id", "sent", "kind"}
             assert t["sent"] == t["raw"].lower() and t["tokens"] == t["sent"].split()
-            told[ref["image_id"]].append((own, t["raw"], t["kind"]))
+            sentences[ref["image_id"]].append((own, t["raw"], t["kind"]))
         picture = cv2.imread(str(written / "images" / "rrsisd" / "JPEGImages" / ref["file_name"]))[..., ::-1]
         assert np.abs(picture.astype(int) - s.image).mean() < 4
     for n, (split, index) in splits.items():
-        assert sorted(told[n]) == sorted(scenes.scene(3, split, index).phrases)
+        assert sorted(sentences[n]) == sorted(scenes.scene(3, split, index).phrases)
     assert len({r["ref_id"] for r in refs}) == len(refs)
     sent_ids = [i for r in refs for i in r["sent_ids"]]
     assert len(set(sent_ids)) == len(sent_ids)
@@ -235,13 +238,54 @@ def test_deterministic(written, tmp_path):
 
 def test_existing_root_is_refused_and_failure_leaves_nothing(written, tmp_path, monkeypatch):
     before = files(written)
-    with pytest.raises(FileExistsError, match="exists already"):
-        scenes.make_scenes(written, 1, 1, 1, progress=False)
+    with pytest.raises(UserError, match="exists already: remove it or choose another folder"):
+        command.main(["--out", str(written), "--train", "1"])
+    scenes.ensure_scenes(written, train=1)
     assert files(written) == before
 
     def fail(*args):
-        raise RuntimeError("no scene")
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(scenes, "scene", fail)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match=r"e can't be written \(No space left on device\)") as caught:
         scenes.make_scenes(tmp_path / "e", 1, 0, 0, progress=False)
-    assert list(tmp_path.iterdir()) == []
+    assert caught.value.exit_code == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_writes_what_make_scenes_does(written, tmp_path, capsys):
+    command.main(["--out", str(tmp_path / "a"), "--train", "4", "--val", "2", "--test", "2", "--seed", "3"])
+    assert files(tmp_path / "a") == files(written) and capsys.readouterr().out == f"{tmp_path / 'a'}\n"
+
+
+def test_held_out_pairs_are_never_said_in_training(tmp_path):
+    said = {}
+    for name in ("all", "held"):
+        root = scenes.make_scenes(tmp_path / name, 40, 20, 0, seed=2, progress=False, hold_out=name == "held")
+        for ref in pickle.loads((root / "rrsisd" / "refs(unc).p").read_bytes()):
+            said.setdefault((name, ref["split"]), []).extend(s["raw"] for s in ref["sentences"])
+
+    def held(phrases):
+        return [p for p in phrases if any(pair in p for pair in HELD_OUT)]
+
+    assert len(HELD_OUT) == 8 and held(said["all", "train"]) and held(said["all", "val"])
+    assert said["held", "val"] == said["all", "val"] and not held(said["held", "train"])
+    assert sorted(said["held", "train"] + held(said["all", "train"])) == sorted(said["all", "train"])
+
+
+def test_predicates_have_three_outcomes():
+    def thing(x, y, side=10):
+        mask = np.zeros((100, 100), bool)
+        mask[:side, :side] = True
+        return words.Object("ship", "red", "small", (x, y), mask)
+
+    for x, left, right, middle in ((0.2, True, False, False), (0.45, None, False, True), (0.5, False, False, True),
+                                   (0.65, False, True, None)):  # fmt: skip
+        o = thing(x, 0.5)
+        assert (words.is_at(o, "left"), words.is_at(o, "right"), words.is_at(o, "middle")) == (left, right, middle)
+    assert words.is_at(thing(0.2, 0.45), "upper left") is None and words.is_at(thing(0.2, 0.6), "upper left") is False
+    anchor = thing(0.5, 0.5)
+    for x, y, right, below in ((0.9, 0.5, True, False), (0.8, 0.8, None, None), (0.5, 0.9, False, True)):
+        assert (words.is_towards(thing(x, y), anchor, 0), words.is_towards(thing(x, y), anchor, 90)) == (right, below)
+    assert words.is_most(thing(0.2, 0.5), [anchor], "leftmost") and words.is_most(anchor, [thing(0.2, 0)], "leftmost") is False
+    assert words.is_most(thing(0.46, 0.5), [anchor], "leftmost") is None
+    assert words.is_most(thing(0, 0, 13), [anchor], "largest") and words.is_most(thing(0, 0, 11), [anchor], "largest") is None
