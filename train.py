@@ -80,6 +80,10 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """-> (the command line, on --resume with the run's own flags; the checkpoint that --resume or --init names, or None)"""
     parser, checkpoint = command_line(), None
@@ -90,14 +94,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]
         free = in_recipe | {"data", "skip_missing", "accumulate", "checkpoint_activations", "gpus", "workers"}
         parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k not in in_recipe})
         before, args = parser.parse_args([]), parser.parse_args(arguments)
-        if fixed := [k for k, v in vars(args).items() if k not in free and v != getattr(before, k)]:
-            flag = f"--{fixed[0].replace('_', '-')}"
-            raise UserError(f"{flag} can't be changed by --resume: leave it out, or start a new run")
+        if fixed := [flag(k) for k, v in vars(args).items() if k not in free and v != getattr(before, k)]:
+            raise UserError(f"{fixed[0]} can't be changed by --resume: leave it out, or start a new run")
         args.out, args.resume = last.parent, last
     elif args.init:
-        if given := [key for key in ("model", "from_scratch", "sam2", "encoder_weights") if getattr(args, key)]:
-            flag = f"--{given[0].replace('_', '-')}"
-            raise UserError(f"{flag} and --init exclude each other: the checkpoint fixes the network")
+        if given := [flag(k) for k in ("model", "from_scratch", "sam2", "encoder_weights") if getattr(args, k)]:
+            raise UserError(f"{given[0]} and --init exclude each other: the checkpoint fixes the network")
         checkpoint = checkpoints.read_checkpoint(args.init)
         args.model = checkpoint["model_name"]
     args.model = args.model or ("tiny" if Path(args.data).name == "scenes" else "large")
@@ -205,10 +207,9 @@ class Run:
 
     def restore(self, state: dict) -> None:
         """Take over the state of a last.pt whose weights the model has already. Learning rates are the recipe's."""
-        peaks = [group["peak"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, peak in zip(self.optimizer.param_groups, peaks):
-            group["peak"] = peak
+        for group, new in zip(self.optimizer.param_groups, parameter_groups(self.model, self.recipe)):
+            group["peak"] = new["peak"]
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.average.load_state_dict(state["average"])
@@ -260,7 +261,7 @@ def train_epoch(run: Run, stop: StopSignal) -> dict[str, float]:
             if stopping or time.time() - run.saved_at > SAVE_EVERY:
                 run.save({})
             if stopping:
-                gather(None)  # rank 0 has written last.pt
+                stop.number = max(gather(stop.number))  # rank 0 has written last.pt
                 stop.exit()
     waited = max(gather(total["waited"]))  # all wait for the slowest
     rates = {"images/s": total["samples"] / total["seconds"], "data_wait": waited / total["seconds"]}
@@ -292,8 +293,6 @@ def train_step(run: Run, batch: dict, stop: StopSignal) -> tuple[dict[str, float
     run.optimizer.zero_grad()
     run.average.update()
     run.samples += run.recipe.batch_size
-    if asked:
-        stop.number = max(gather(stop.number))
     return dict(zip(sums, values)), bool(asked)
 
 
@@ -393,11 +392,11 @@ def main(arguments: list[str] | None = None, edit=None, left_out: tuple[str, ...
         if args.resume:
             run.restore(checkpoint)
         del checkpoint
-        counts, where = count_parameters(model), f"{world_size()} x {device.type}" if world_size() > 1 else device
         variant = args.model + (f" without {', '.join(left_out)}" if left_out else "")
+        where = f"{world_size()} x {device.type}" if world_size() > 1 else device
+        counts = ", ".join(f"{n:,} {kind}" for kind, n in count_parameters(model).items())
         print(f"{variant} on {args.data} ({len(train_set):,} training targets, {len(val_set):,} validation phrases), {where}, "
-              f"run {args.out}\nparameters: {counts['total']:,} total, {counts['trained']:,} trained, "
-              f"{counts['frozen']:,} frozen", flush=True)  # fmt: skip
+              f"run {args.out}\nparameters: {counts}", flush=True)  # fmt: skip
         stop.farewell = f"stopped; go on with: python train.py --resume {args.out}"
         with card_failures():
             train(run, stop)
