@@ -82,34 +82,20 @@ def position_code(architecture: Architecture) -> nn.Module:
     return PositionCode() if architecture.positions else nn.Identity()
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries over a memory, on PyTorch's fused kernel.
+class CrossAttention(nn.MultiheadAttention):
+    """Multi-head attention of queries over a memory: nn.MultiheadAttention that never asks for the attention matrix.
 
-    The arithmetic and the parameter names of `nn.MultiheadAttention(dim, heads)`, whose attention matrix nobody reads
-    here. Queries (B, Nq, dim), memory (B, Nk, dim), mask (B, Nk) bool or None -> (B, Nq, dim).
+    Without need_weights torch computes it by F.scaled_dot_product_attention, whose fused kernels never hold the matrix, in
+    training too. Queries (B, Nq, dim), memory (B, Nk, dim), mask (B, Nk) bool, True = attend, or None -> (B, Nq, dim).
     """
 
     def __init__(self, dim: int, heads: int):
-        super().__init__()
-        if dim % heads:
-            raise ValueError(f"attention width {dim} is not a multiple of its {heads} heads")
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
+        super().__init__(dim, heads, batch_first=True)
 
     def forward(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        dim = query.shape[-1]
-        q = F.linear(query, self.in_proj_weight[:dim], self.in_proj_bias[:dim])  # (B, Nq, dim)
-        kv = F.linear(memory, self.in_proj_weight[dim:], self.in_proj_bias[dim:])  # (B, Nk, 2 dim)
-        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Nq, dim/heads)
-        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, heads, Nk, dim/heads)
-        if mask is not None:
-            mask = mask[:, None, None]  # (B, 1, 1, Nk)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, Nq, dim/heads)
-        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, Nq, dim)
+        padding = None if mask is None else ~mask  # (B, Nk)
+        query = query.view_as(query)  # (B, Nq, dim)  where query and memory are one, evaluation would hold the matrix
+        return super().forward(query, memory, memory, key_padding_mask=padding, need_weights=False)[0]  # (B, Nq, dim)
 
 
 def output_layer(hidden: int, dim: int, zero_start: bool) -> nn.Linear:
@@ -122,7 +108,7 @@ def output_layer(hidden: int, dim: int, zero_start: bool) -> nn.Linear:
 
 
 class Bottleneck(nn.Module):
-    """The adapter beside a block's MLP: Linear D -> h, GELU, Linear h -> D, without residual connection. (..., D) -> (..., D)."""
+    """The adapter beside a block's MLP: Linear D -> h, GELU, Linear h -> D, not residual. (..., D) -> (..., D)."""
 
     def __init__(self, dim: int, hidden: int, architecture: Architecture = PUBLISHED):
         super().__init__()

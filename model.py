@@ -26,7 +26,7 @@ from sam2.modeling.sam.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
 from encoder import IMAGENET_MEAN, IMAGENET_STD, build_union_encoder
-from fusion import CrossAttention, DecoderFusion, FusedHiera
+from fusion import DecoderFusion, FusedHiera
 from presets import Preset
 from prompt_gen import DensePrompt, MaskPromptGenerator, SparsePrompt
 from runtime.errors import UserError
@@ -154,7 +154,7 @@ class RS2SAM2(nn.Module):
         then hold these weights in `dtype`, as the model was trained with them (the published one does so too).
         """
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention, CrossAttention)):
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention)):
                 for p in module.parameters(recurse=False):
                     if not p.requires_grad:
                         p.data = p.data.to(dtype)

@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from data import Collate, TrainingOrder, open_dataset
 from evaluate import best_median_worst, print_results, results_by_group, score, write_panels
-from fusion import CrossAttention
 from losses import total_loss
 from model import RS2SAM2, compiled, count_parameters
 from presets import PRESETS, RECIPES, Preset, Recipe, with_settings
@@ -129,7 +128,7 @@ def parameter_groups(model: RS2SAM2, recipe: Recipe) -> list[dict]:
     foundation = {i: p for i, p in trained.items() if i not in fusion}
     assert fusion.keys() <= trained.keys() and len(fusion) + len(foundation) == len(trained)
     found = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    found += [m.in_proj_weight for m in model.modules() if isinstance(m, (nn.MultiheadAttention, CrossAttention))]
+    found += [m.in_proj_weight for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     matrices = {id(p) for p in found if recipe.muon and min(p.shape) > 1}
     groups = []
     for muon, times in ((False, 1.0), (True, recipe.muon))[: 1 + bool(recipe.muon)]:
