@@ -79,10 +79,6 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """-> (the command line, on --resume with the run's own flags; the checkpoint that --resume or --init names, or None)"""
     parser, checkpoint = command_line(), None
@@ -93,12 +89,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]
         free = in_recipe | {"data", "skip_missing", "accumulate", "checkpoint_activations", "gpus", "workers"}
         parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k not in in_recipe})
         before, args = parser.parse_args([]), parser.parse_args(arguments)
-        if fixed := [flag(k) for k, v in vars(args).items() if k not in free and v != getattr(before, k)]:
-            raise UserError(f"{fixed[0]} can't be changed by --resume: leave it out, or start a new run")
+        if fixed := [k for k, v in vars(args).items() if k not in free and v != getattr(before, k)]:
+            raise UserError(f"--{fixed[0].replace('_', '-')} can't be changed by --resume: leave it out, or start a new run")
         args.out, args.resume = last.parent, last
     elif args.init:
-        if given := [flag(k) for k in ("model", "from_scratch", "sam2", "encoder_weights") if getattr(args, k)]:
-            raise UserError(f"{given[0]} and --init exclude each other: the checkpoint fixes the network")
+        if given := [k for k in ("model", "from_scratch", "sam2", "encoder_weights") if getattr(args, k)]:
+            raise UserError(f"--{given[0].replace('_', '-')} and --init exclude each other: the checkpoint fixes the network")
         checkpoint = checkpoints.read_checkpoint(args.init)
         args.model = checkpoint["model_name"]
     args.model = args.model or ("tiny" if Path(args.data).name == "scenes" else "large")
@@ -144,8 +140,7 @@ def optimizer_for(model: RS2SAM2, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def learning_rate(recipe: Recipe, progress: float, epoch: int) -> float:
-    """The learning rate as a share of its peak, after a share `progress` of all samples and so many whole epochs; never quite
-    zero, so that the first step and the last do something."""
+    """The learning rate as a share of its peak, after a share `progress` of all samples and so many whole epochs."""
     if recipe.schedule == "constant":
         return 1.0 if epoch < 50 else 0.1
     return max(1e-3, min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95))))
@@ -173,8 +168,7 @@ class Run:
             self.synced = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)  # no second copy of gradients
         self.optimizer = optimizer_for(model, recipe)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # float16 has no range for gradients; bfloat16 and float32 need no scaling
-        fp16 = device.type == "cuda" and compute_dtype() == torch.float16
+        fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = AveragedWeights(model, recipe.ema)
         self.samples, self.epoch, self.best, self.log = 0, 0, -1.0, []  # epoch: how many are complete
@@ -309,8 +303,7 @@ def backward(run: Run, part: dict, last: bool) -> dict[str, Tensor]:
 
 
 def check_finite(run: Run, loss: float, norm: float, ids: list[str]) -> None:
-    """Stop before weights are spoilt. An infinite gradient is float16's everyday business: the scaler lowers its scale; below a
-    scale of 1 it has another cause."""
+    """Stop before weights are spoilt. The scaler minds float16's infinite gradients, down to a scale of 1."""
     if math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled() and run.scaler.get_scale() >= 1):
         return
     ids = dict.fromkeys(i for part in gather(ids) for i in part)
