@@ -1,17 +1,16 @@
 """`python data.py --check DATA`: what is in a data set, and what is wrong with it."""
 
 import random
-import textwrap
 from collections import Counter
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from annotations.layouts import Sample, missing_files, read_samples
 from annotations.masks import load_mask, survives_encoding
-from imagery.pixels import read_image, resize_image, resize_mask
+from imagery.pictures import captioned, fitted, grid, outlined
+from imagery.pixels import read_image
 from runtime.run_folder import free_path, write_whole
 
 
@@ -24,10 +23,9 @@ def check(data: str | Path, sheet: str | Path) -> None:
     print(f"  missing files: {len(missing):,}", *list(missing)[:5], sep="\n    ")
     absent = {number for numbers in missing.values() for number in numbers}
     there = [sample for number, sample in enumerate(samples) if number not in absent]
-    thumbnails = check_files(random.Random(0).sample(there, min(200, len(there))))
-    if thumbnails:
-        thumbnails += [np.full_like(thumbnails[0], 255)] * (-len(thumbnails) % 4)
-        picture = Image.fromarray(np.vstack([np.hstack(thumbnails[i : i + 4]) for i in range(0, len(thumbnails), 4)]))
+    cells = check_files(random.Random(0).sample(there, min(200, len(there))))
+    if cells:
+        picture = Image.fromarray(grid([cells[i : i + 4] for i in range(0, len(cells), 4)]))
         path = free_path(Path(sheet))
         write_whole(path, lambda file: picture.save(file, "PNG"))
         print(f"  contact sheet: {path}")
@@ -49,8 +47,8 @@ def print_index(samples: list[Sample]) -> None:
 
 
 def check_files(samples: list[Sample]) -> list[np.ndarray]:
-    """Decode all images and masks, print what they are like -> pictures of the first 16."""
-    sizes, percent, thumbnails, broken, resized, odd = Counter(), [], [], [], 0, 0
+    """Decode images and masks and print what they are like -> pictures of the first 16, phrase below, mask outlined."""
+    sizes, percent, cells, broken, resized, odd = Counter(), [], [], [], 0, 0
     for sample in samples:
         try:
             image = read_image(sample.image)
@@ -62,23 +60,13 @@ def check_files(samples: list[Sample]) -> list[np.ndarray]:
         percent.append(100 * mask.mean())
         resized += mask.shape != image.shape[:2]
         odd += not all(survives_encoding(part) for part in sample.mask if isinstance(part, dict))
-        if len(thumbnails) < 16:
-            thumbnails.append(thumbnail(image, mask, sample.phrases[0]))
+        if len(cells) < 16:
+            picture = outlined(fitted(image, 320, 320), mask, colour=(255, 0, 0))
+            cells.append(captioned(picture, sample.phrases[0], below=True, lines=3))
     print(f"  broken: {len(broken)} of {len(samples)} decoded", *broken[:5], sep="\n    ")
-    if thumbnails:
+    if cells:
         print("  image sizes:", ", ".join(f"{size} ({n})" for size, n in sizes.most_common(5)))
         quartiles = ", ".join(f"{value:.2f} %" for value in np.percentile(percent, (25, 50, 75)))
         print(f"  mask's share of the image, quartiles: {quartiles}")
-        print(f"  masks of another size than their image: {resized}; RLEs that encoding their mask does not give: {odd}")
-    return thumbnails
-
-
-def thumbnail(image: np.ndarray, mask: np.ndarray, phrase: str, size: int = 320) -> np.ndarray:
-    """uint8 RGB (size + 64, size, 3): the image with the mask's outline in red, the phrase below."""
-    picture = resize_image(image, size).permute(1, 2, 0).contiguous().numpy()
-    outlines, _ = cv2.findContours(resize_mask(mask, size).numpy(), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(picture, outlines, -1, (255, 0, 0), 2)
-    picture = cv2.copyMakeBorder(picture, 0, 64, 0, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-    for row, line in enumerate(textwrap.wrap(phrase, 46)[:3]):
-        cv2.putText(picture, line, (4, size + 18 + 18 * row), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-    return picture
+        print(f"  masks of another size than their image: {resized}; RLEs that encoding their mask doesn't give: {odd}")
+    return cells
