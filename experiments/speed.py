@@ -288,7 +288,7 @@ def profile(model: RS2SAM2, clock: Device, batch) -> str:
     parts = [(name, getattr(model, name)) for name in names] + [("patch embedding", trunk.patch_embed)]
     for i, block in enumerate(trunk.blocks):
         stage = f"Hiera, stage {1 + sum(i > end for end in trunk.stage_ends)}"
-        parts += [(stage, block), (f"{stage}: bidirectional adapters", block.space_adapter)]
+        parts += [(stage, block), (f"{stage}: fusion layers", block.space_adapter)]
         parts += [(f"{stage}: MLP adapters", block.mlp_adapter)]
 
     def now() -> float:

@@ -1,0 +1,609 @@
+"""The experiments: stand-ins of an ablation, its table, language, probes, pretraining, speed."""
+
+import dataclasses
+import functools
+import json
+import re
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sam2.build_sam import build_sam2
+from test_synthetic_scenes import answer
+
+import losses
+import train
+from experiments import ablate, counting, language, large_scene, loading, pretrain, probes, speed, stand_ins
+from fusion import PUBLISHED, BidirectionalAdapter, CrossAttention
+from model import RS2SAM2, compiled
+from presets import PRESETS, RECIPES
+from runtime.devices import autocast
+from runtime.errors import UserError
+from synthetic_scenes.scenes import make_scenes, scene
+from weights.checkpoints import build_model, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SMALL_BEIT3 = dict(width=32, layers=2, heads=4, hidden=64, vocabulary=100, image_size=64, text_positions=64)
+LOSS_PARTS = {"cross-entropy", "dice", "soft-edges", "pseudo"}
+VARIANTS = [
+    *stand_ins.CHOICES,
+    "fusion,decoder-fusion,mask-prompt,boundary",  # what the phrase says comes through the sparse tokens alone
+    "fusion,decoder-fusion,mask-prompt",
+    "fusion,decoder-fusion",
+    "mask-prompt,sparse-prompt",  # the class token and the visual tokens are not read
+    "fusion,decoder-fusion,boundary,sparse-prompt",  # the text tokens are not read
+]
+gpu = pytest.mark.gpu
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+
+
+def small_model(encoder: str = "open_clip", parts: str = "", **changes) -> RS2SAM2:
+    """`tiny` at 64 pixels, or with the published architecture and a small BEiT-3; every parameter is of order one."""
+    torch.manual_seed(0)
+    preset = dataclasses.replace(PRESETS["tiny"], image_size=64, **changes)
+    if encoder == "beit3":
+        preset = dataclasses.replace(preset, architecture=PUBLISHED, encoder="beit3", encoder_args=SMALL_BEIT3, reduction=4)
+    model = RS2SAM2(preset)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p) / max(1, p[0].numel() if p.dim() > 1 else 1) ** 0.5)
+    stand_ins.leave_out(model, parts.split(",") if parts else ())
+    return model
+
+
+def batch_for(model: RS2SAM2, lengths: list[int]) -> tuple:
+    generator, L = torch.Generator().manual_seed(1), max(lengths)
+    image, encoder_image = (
+        torch.randn(len(lengths), 3, side, side, generator=generator)
+        for side in (model.preset.image_size, model.union_encoder.image_size)
+    )
+    ids = torch.randint(4, 100, (len(lengths), L), generator=generator)
+    ids = torch.where(torch.arange(L) < torch.tensor(lengths)[:, None], ids, 3)  # BEiT-3 knows padding by the id 3
+    return image, encoder_image, ids, torch.tensor(lengths)
+
+
+def save(model: RS2SAM2, path: Path, **facts) -> Path:
+    """A checkpoint as train.py writes it."""
+    torch.save({
+        "preset": dataclasses.asdict(model.preset), "recipe": dataclasses.asdict(RECIPES["tiny"]), "left_out": [],
+        "model": model.state_dict(), "tokenizer": None, "model_name": "tiny", "data": "scenes", "revision": "", "epoch": 1,
+    } | facts, path)  # fmt: skip
+    return path
+
+
+# ---- stand-ins ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def whole_keys(encoder: str) -> set[str]:
+    return set(small_model(encoder).state_dict())
+
+
+@pytest.mark.parametrize("encoder", ["open_clip", "beit3"])
+@pytest.mark.parametrize("parts", VARIANTS)
+def test_without_parts_all_else_keeps_its_name_and_every_trained_parameter_gets_a_gradient(parts, encoder):
+    model, out = small_model(encoder, parts), set(parts.split(","))
+    gone = {
+        "fusion": "_adapter.", "rewriting": "text_reads_vision.|text_up.", "decoder-fusion": "decoder_fusion.",
+        "mask-prompt": "^mask_prompt.", "sparse-prompt": "^sparse_prompt.", "boundary": "^text_weight.",
+    }  # fmt: skip
+    patterns = [gone[part] for part in out - LOSS_PARTS]
+    patterns += ["^text_features."] * (out >= {"fusion", "decoder-fusion", "boundary"})
+    kept = {key for key in whole_keys(encoder) if not any(re.search(pattern, key) for pattern in patterns)}
+    assert model.state_dict().keys() == kept and (kept == whole_keys(encoder)) == (out <= LOSS_PARTS)
+
+    output, target = model(*batch_for(model, [7, 4])), torch.zeros(2, 64, 64)
+    target[:, 10:40, 20:50] = 1
+    losses.total_loss(output, target, stand_ins.losses_without(RECIPES["tiny"].losses, out))["loss"].backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None and p.grad.abs().max() > 0, name
+        else:
+            assert p.grad is None, name
+    groups = train.parameter_groups(model, RECIPES["base"])
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+
+
+def watch(model: RS2SAM2, names: dict[str, torch.nn.Module]) -> dict:
+    """What goes into modules and what they return, by name, filled by the next forward pass."""
+    seen = {}
+    for name, module in names.items():
+        module.register_forward_hook(lambda m, args, output, name=name: seen.update({name: (args, output)}))
+    return seen
+
+
+@torch.no_grad()
+def test_stand_ins_do_what_sam2_does_without_the_method():
+    model = small_model(parts="fusion,decoder-fusion,mask-prompt,boundary")
+    seen, decoder = watch(model, {"trunk": model.image_encoder, "neck": model.neck}), {}
+    model.mask_decoder.register_forward_pre_hook(lambda m, args, kwargs: decoder.update(kwargs), with_kwargs=True)
+    output = model(*(batch := batch_for(model, [7, 4])))
+    x = model.image_encoder.trunk.patch_embed(batch[0])
+    x = x + model.image_encoder.trunk._get_pos_embed(x.shape[1:3])
+    for plain in model.image_encoder.trunk.blocks:
+        x = plain.block(x)  # SAM 2's own
+    assert torch.equal(seen["trunk"][1][-1], x.permute(0, 3, 1, 2))
+    assert torch.equal(decoder["image_embeddings"], seen["neck"][1][0][2] + model.no_mem_embed.view(1, -1, 1, 1))
+    dense = model.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+    assert torch.equal(decoder["dense_prompt_embeddings"], dense.expand(1, -1, 4, 4))
+    assert output.pseudo_mask is None and output.text_weight.tolist() == [0, 0] and output.logits.shape == (2, 1, 16, 16)
+    assert small_model(parts="sparse-prompt").sparse_prompt(torch.randn(3, 1, 64)).shape == (3, 0, 64)
+
+
+@torch.no_grad()
+def test_an_adapter_in_one_direction_rewrites_the_image_as_before_and_no_text():
+    for encoder in ("open_clip", "beit3"):
+        whole, model = small_model(encoder), small_model(encoder, "rewriting")
+        both, one = whole.image_encoder.trunk.blocks[0].space_adapter, model.image_encoder.trunk.blocks[0].space_adapter
+        x, text, mask = torch.randn(2, 8, 8, 16), torch.randn(2, 5, 64), torch.arange(5) < torch.tensor([[5], [3]])
+        expected, rewritten = both(x, text, mask)
+        image, same = one(x, text, mask)
+        assert torch.equal(image, expected) and same is text and not torch.equal(rewritten, text)
+        assert not any(isinstance(m, BidirectionalAdapter) for m in model.modules())
+
+
+@pytest.mark.parametrize("parts", ["fusion,decoder-fusion,mask-prompt,boundary", "rewriting,sparse-prompt"])
+def test_a_variant_is_one_graph(parts):
+    model = small_model(parts=parts).eval()
+    batch = batch_for(model, [7, 4])
+    torch._dynamo.reset()
+    with torch.no_grad():
+        traced = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)(*batch)
+        assert torch.equal(traced.logits, model(*batch).logits)
+
+
+def test_the_loss_leaves_out_its_terms():
+    whole = {"cross_entropy": 1.0, "dice": 0.1, "boundary": 0.2, "pseudo_mask": 5.0}
+    for parts, expected in {
+        "cross-entropy": "dice boundary pseudo_mask", "dice": "cross_entropy boundary pseudo_mask",
+        "boundary": "cross_entropy dice pseudo_mask", "pseudo": "cross_entropy dice boundary",
+        "mask-prompt": "cross_entropy dice boundary", "fusion": "cross_entropy dice boundary pseudo_mask",
+        "soft-edges": "cross_entropy dice published_boundary pseudo_mask",
+    }.items():  # fmt: skip
+        less = stand_ins.losses_without(whole, parts.split(","))
+        assert list(less) == expected.split(), parts
+        assert list(less.values()) == [whole[name.removeprefix("published_")] for name in less]
+    published = {"cross_entropy": 1.0, "published_boundary": 0.2}
+    assert stand_ins.losses_without(published, ["boundary", "soft-edges"]) == {"cross_entropy": 1.0}
+    assert stand_ins.losses_without(published, ["soft-edges"]) == published
+
+
+@pytest.mark.parametrize(
+    "parts, expected",
+    [
+        ("wings", "unknown part 'wings': the parts are fusion, rewriting"),
+        ("fusion,decoder-fusion,mask-prompt,sparse-prompt", "the phrase has no way to SAM 2: keep one of them"),
+        ("dice,cross-entropy", "nothing teaches the mask: keep one of them"),
+    ],
+)
+def test_what_can_t_be_left_out_is_one_sentence(parts, expected):
+    with pytest.raises(UserError, match=expected):
+        stand_ins.check_parts(parts.split(","))
+    with pytest.raises(UserError, match=expected):
+        ablate.main(["--variants", parts])
+
+
+def test_a_checkpoint_says_what_was_left_out_and_is_rebuilt_so(tmp_path):
+    parts = ["fusion", "mask-prompt"]
+    model = small_model(parts=",".join(parts)).eval()
+    path = save(model, tmp_path / "m.pt", left_out=parts)
+    again, checkpoint = stand_ins.load(path)
+    assert checkpoint["left_out"] == parts
+    batch = batch_for(model, [5, 3])
+    with torch.no_grad():
+        assert torch.equal(model(*batch).logits, again(*batch).logits)
+    with pytest.raises(UserError, match="without fusion, mask-prompt: score it by `python -m experiments.ablate"):
+        load_checkpoint(path)
+
+
+# ---- the ablation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes", train=6, val=2, test=2, size=96, progress=False)
+
+
+@pytest.fixture
+def call(scenes, tmp_path, monkeypatch, capsys):
+    """Run the ablation's command in a folder of its own -> what it printed, and the sentence it ended with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*more) -> tuple[str, str]:
+        try:
+            ablate.main(["--data", str(scenes), "--out", "abl", "--seeds", "0", *map(str, more)])
+            return capsys.readouterr().out, ""
+        except UserError as error:
+            return capsys.readouterr().out, str(error)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_ablate_trains_scores_and_goes_on_where_it_was(call, capsys, monkeypatch):
+    train_flags = ("--", "--set", "image_size=64", "epoch_range=(40,40)", "--workers", 0)
+    flags = ("--variants", "whole", "sam2", "--jobs", 2, "--samples", 30, *train_flags)
+    printed, end = call(*flags)
+    assert not end and printed.count("starting") == 2
+    out = Path("abl")
+    table = (out / "ablation.md").read_text(encoding="utf-8")
+    assert table in printed and "40 samples a run" in table and "split test" in table  # rounded up to an epoch
+    assert (out / "ablation.png").exists() or "pip install matplotlib" in printed
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row.startswith("|")][2:]
+    assert [row[0] for row in rows] == ["union encoder + SAM 2", "all"]
+    assert rows[0][1] == "boundary, decoder-fusion, fusion, mask-prompt" and rows[1][1] == ""
+    counts = [int(row[2].replace(",", "")) for row in rows]
+    assert counts[0] < counts[1] and rows[0][3] == "0"
+    best = torch.load(out / "sam2-0" / "best.pt", weights_only=True)
+    assert best["left_out"] == rows[0][1].split(", ") and list(best["recipe"]["losses"]) == ["cross_entropy", "dice"]
+    scores = json.loads((out / "whole-0" / "scores.json").read_text())["scores"]
+    assert rows[1][4] == f"{scores['mIoU']:.1f}" and rows[1][8] == f"{scores['bIoU']:.1f}"
+
+    (out / "whole-0" / "scores.json").unlink()  # as if it had been interrupted before it was scored
+    call("--run", "whole", 0, *flags)  # as another call would
+    shutil.copytree(out / "sam2-0", out / "sam2-10")  # a seed of an earlier call
+    printed, _ = call(*flags)
+    assert "starting" not in printed and "going on" not in printed and "| 0, 10 |" in printed
+    assert table.splitlines()[-1] in printed  # the same scores again
+    ablate.main(["--score", "abl/sam2-0/best.pt"])
+    assert "without boundary, decoder-fusion, fusion, mask-prompt on " in (printed := capsys.readouterr().out)
+    assert float(rows[0][4]) == pytest.approx(float(printed.splitlines()[2].split()[-3]), abs=0.06)
+    assert "holds runs with epochs 1, this asks for 2: choose another --out" in call("--samples", 80, *train_flags)[1]
+    monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(RECIPES["tiny"], lr=0.1))
+    assert "holds runs with recipe.lr 0.0014, this asks for 0.1: " in call(*flags)[1]
+
+
+def test_ablate_says_which_run_failed(call):
+    printed, end = call("--variants", "dice,rewriting", "--", "--set", "image_size=100")
+    assert "dice,rewriting-0 failed with exit code 2" in end and "multiple of 32" in end
+    assert "abl/dice,rewriting-0.log" in end and "ablation.md" not in printed
+    assert "--epochs after -- is set by this tool" in call("--", "--epochs", 3)[1]
+
+
+def test_a_run_s_losses_are_the_recipe_s_with_the_user_s_changes(scenes, tmp_path):
+    for name, expected in (
+        ("no-dice", "losses={'cross_entropy': 1.0, 'boundary': 0.2, 'pseudo_mask': 5.0}"),
+        ("hard-edges", "losses={'cross_entropy': 1.0, 'dice': 1.0, 'published_boundary': 0.2, 'pseudo_mask': 5.0}"),
+        ("pseudo,boundary", "losses={'cross_entropy': 1.0, 'dice': 1.0}"),
+    ):
+        args = ablate.parse(["--data", str(scenes), "--out", str(tmp_path), "--", "--set", "losses.boundary=0.2"])
+        assert ablate.training_arguments(args, name, 0)[-2:] == ["--set", expected]
+    for name in ablate.VARIANTS:
+        ablate.variant(name)
+
+
+def run_of(miou: float, seed: int) -> dict:
+    scores = dict.fromkeys(ablate.COLUMNS, 10.0) | {"mIoU": miou}
+    return {"scores": scores, "parameters": 1000, "split": "test", "curve": [(1.0, 5.0), (2.0 + seed, miou)]}
+
+
+def test_the_ablation_s_table_by_hand(tmp_path):
+    whole = {0: run_of(60, 0), 1: run_of(62, 1), 2: run_of(64, 2)}
+    results = {"mpg": {0: run_of(50, 0), 1: run_of(54, 1)}, "whole": whole}
+    table = ablate.markdown(results, {"model": "tiny", "data": "scenes", "samples": 20_000, "epochs": 5})
+    mpg, whole = table.splitlines()[-2:]
+    assert "| 0, 1 | 52.0 ± 2.8 | 10.0 ± 0.0 |" in mpg and mpg.endswith("| -9.0 ± 1.4 |")  # -10 and -8
+    assert "| 0, 1, 2 | 62.0 ± 2.0 |" in whole and whole.endswith("|  |")
+    pytest.importorskip("matplotlib")
+    ablate.plot(tmp_path / "a.png", results)
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+# ---- language ----------------------------------------------------------------------------------------------------------
+
+
+def test_shuffled_phrases_come_from_other_images(scenes):
+    dataset = language.open_dataset(str(scenes), "train", image_size=64, encoder_size=64)
+    shuffled = language.Shuffled(dataset, seed=0)
+    assert sorted(shuffled.donors) == sorted(dataset.items)  # every phrase is used once
+    for index, ((i, _), (donor, j)) in enumerate(zip(dataset.items, shuffled.donors)):
+        assert dataset.samples[donor].image != dataset.samples[i].image
+        assert shuffled[index]["phrase"] == dataset.samples[donor].phrases[j]
+        assert (shuffled[index]["mask"] == dataset[index]["mask"]).all()
+
+
+def test_what_a_phrase_with_left_or_right_names():
+    """Against the rules of test_synthetic_scenes.py: what is found is the one right answer."""
+    moved = 0
+    for i in range(30):
+        s = scene(3, "test", i)
+        for target, phrase, kind in s.phrases:
+            swapped = language.flip_phrase(phrase, True, False)
+            if swapped == phrase:
+                continue
+            if kind != "relation":
+                assert language.swapped_target(phrase, s.objects) is s.objects[target], phrase
+            found = language.swapped_target(swapped, s.objects)
+            if found is not None:
+                right, _ = answer(swapped, s.objects)
+                assert len(right) == 1 and right[0] is found, swapped
+                moved += found is not s.objects[target]
+    assert moved > 5
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Generated scenes and their facts, as the tool makes them."""
+    root = make_scenes(tmp_path_factory.mktemp("drawn") / "scenes", 0, 0, 12, seed=4, progress=False)
+    dataset = language.open_dataset(str(root), "test", image_size=64, encoder_size=64)
+    return dataset, language.describe(dataset, 4)
+
+
+def numbers(table: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row.startswith("| ")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_a_model_that_ignores_the_phrase_is_seen(drawn, monkeypatch):
+    """It finds each target whatever the phrase: right answers do not move with the phrase."""
+    dataset, facts = drawn
+    assert len(facts) == len(dataset)
+    for i, fact in enumerate(facts):
+        item = dataset[i]
+        assert (item["mask"].numpy() == fact["target"].mask).all() and item["phrase"] == fact["phrase"]
+        assert (fact["kind"] == "category") == (fact["others"] == 0)
+    monkeypatch.setattr(language, "answers", lambda model, data: [item["mask"].numpy() for item in data])
+    trained = {language.without_article(next(fact["phrase"] for fact in facts if fact["kind"] == "position"))}
+    rows = numbers(language.tables(None, dataset, facts, 0, trained))
+    for name in ("all", "the phrase", "a phrase of another image", "the category alone there",
+                 "left and right swapped there", "left and right swapped in the phrase and in the image"):  # fmt: skip
+        assert rows[name][0] == "100.0 (100.0–100.0)", name
+    assert rows["a phrase of another image"][2] == rows["left and right swapped there"][2] == "0.0"  # moved
+    others = [v for k, v in rows.items() if "of the category in the image" in k and "the phrase" not in k]
+    assert sum(int(row[-1]) for row in others) == len(facts) == int(rows["all"][-1])
+    assert float(rows["... against what it then names, where it clearly names something"][1]) < 50
+    said = int(rows["position, said word for word in training"][-1])
+    assert said >= 1 and said + int(rows["position, never said so in training"][-1]) == int(rows["position"][-1])
+    assert "relation, never said so in training" not in rows  # where all are new it is the kind's own row
+
+
+def test_pairs_kept_apart_in_training_have_a_row():
+    facts = [{"kind": "colour", "phrase": f"The {pair}"} for pair in ("red ship", "blue ship", "blue vehicle")]
+    rows = [{"scene": str(i), "intersection": i, "union": 2, "iou": i / 2} for i in range(3)]
+    pairs = {f"{colour} {name}" for colour in language.COLOURS for _, name, *_ in language.CATEGORIES.values()}
+    table = numbers(language.by_novelty(rows, facts, pairs - {"red ship"}))
+    assert table["a colour and a category, said together in training"][0].startswith("75.0 ")
+    assert table["a colour and a category, never said together in training"][::2] == ["0.0 (0.0–0.0)", "1"]
+    assert language.by_novelty(rows, facts, pairs) == ""
+
+
+def test_language_runs_end_to_end(scenes, tmp_path, capsys):
+    model = small_model(parts="mask-prompt")
+    path = save(model, tmp_path / "m.pt", data=str(scenes), left_out=["mask-prompt"])
+    picture, common = tmp_path / "f.png", ["--ckpt", str(path)]
+    language.main([*common, "--scenes", "12", "--seed", "4", "--figure", str(picture)])
+    rows = numbers(capsys.readouterr().out)
+    assert {"all", "position", "the phrase", "left and right swapped there"} <= rows.keys() and picture.exists()
+    language.main([*common, "--data", str(scenes)])
+    assert "phrases shuffled" in capsys.readouterr().out
+    for more, expected in ((["--figure", str(picture)], "new file"), (["--data", "nowhere"], "no folder nowhere"),
+                           (["--figure", str(tmp_path / "none" / "f.png")], "a folder that exists")):  # fmt: skip
+        with pytest.raises(UserError, match=expected):
+            language.main([*common, *more])
+    assert language.training_phrases({"data": "nowhere"}) is None and "nowhere is not at hand" in capsys.readouterr().out
+    assert language.training_phrases({"data": None}) is None  # of published weights
+
+
+# ---- probes ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_change_of_the_fusion_changes_the_logits_and_nothing_stays_behind():
+    model = small_model().eval()
+    seen = watch(model, {"stages": model.image_encoder, "block": model.image_encoder.trunk.blocks[0]})
+    batch = batch_for(model, [7, 5, 3])
+
+    def run(hooks) -> dict:
+        with torch.no_grad(), probes.hooked(hooks):
+            return {"logits": model(*batch).logits, "stage": seen["stages"][1][-1], "block": seen["block"][1][0]}
+
+    whole = run([])
+    names = probes.changes(model)
+    assert len(names) == 8
+    for name, hooks in names.items():
+        changed = {key: not torch.equal(value, whole[key]) for key, value in run(hooks).items()}
+        product, rewriting = "product" in name, "rewritten" in name
+        assert changed["logits"], name
+        assert changed["stage"] is not product, name  # the product comes after the image encoder
+        assert changed["block"] is not (product or rewriting), name  # the first block's image has read the text as it came
+    assert all(torch.equal(value, whole[key]) for key, value in run([]).items())
+
+
+def test_changes_of_what_a_model_lacks_are_left_out():
+    assert list(probes.changes(small_model(parts="fusion,decoder-fusion"))) == []
+    assert not any("rewritten" in name for name in probes.changes(small_model(parts="rewriting")))
+    assert not any("product" in name for name in probes.changes(small_model(parts="decoder-fusion")))
+
+
+def test_the_spread_of_attention_by_hand():
+    attention = CrossAttention(4, 2)
+    memory = torch.eye(4)[None].repeat(1, 2, 1)[:, :6]  # 6 tokens: 0 1 2 3 0 1
+    with torch.no_grad():
+        attention.in_proj_weight.zero_(), attention.in_proj_bias.zero_()
+        torch.testing.assert_close(probes.spread(attention, memory[:, :2], memory), torch.ones(1, 2))
+        attention.in_proj_weight[:8] = torch.eye(4).repeat(2, 1) * 40  # a query reads the tokens that are like it
+    # token 0 occurs twice: its head sees 2 of 6 tokens, the other head, whose query is zero, all 6
+    expected = torch.full((1, 2), (2 / 6 + 1) / 2)
+    torch.testing.assert_close(probes.spread(attention, memory[:, :2], memory), expected)
+
+
+def test_probes_run_end_to_end(scenes, tmp_path, capsys):
+    path = save(RS2SAM2(dataclasses.replace(PRESETS["tiny"], image_size=64)), tmp_path / "m.pt", data=str(scenes))
+    probes.main(["--ckpt", str(path), "--split", "val"])
+    printed = capsys.readouterr().out
+    rows = numbers(printed)
+    assert len(rows) == 10 and rows["nothing"] == rows["no adapters"]  # untrained, the adapters add nothing
+    assert "over this share of the image: " in printed
+    with pytest.raises(UserError, match="no folder nowhere"):
+        probes.main(["--ckpt", str(path), "--data", "nowhere"])
+
+
+# ---- pretraining of a small SAM 2 --------------------------------------------------------------------------------------
+
+
+def masks_of(*boxes: tuple[int, int, int, int], size: int = 128) -> torch.Tensor:
+    """Full rectangles (left, top, right, bottom), the last pixel inside -> (B, size, size) uint8."""
+    masks = torch.zeros(len(boxes), size, size, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes):
+        mask[top : bottom + 1, left : right + 1] = 1
+    return masks
+
+
+def test_prompts_are_clicks_inside_or_boxes():
+    boxes = [(3, 5, 20, 30), (60, 64, 60, 64), (0, 0, 127, 127)] * 10
+    masks = masks_of(*boxes)
+    points, labels = pretrain.prompts(masks, np.random.default_rng(0))
+    assert {tuple(label) for label in labels.tolist()} == {(1, -1), (2, 3)}  # SAM 2's: inside and none, the two corners
+    for mask, box, point, label in zip(masks, boxes, points.int().tolist(), labels.tolist()):
+        assert (*point[0], *point[1]) == box if label == [2, 3] else mask[point[0][1], point[0][0]]
+    empty, rng = torch.zeros(6, 8, 8, dtype=torch.uint8), np.random.default_rng(0)
+    points, labels = pretrain.prompts(empty, rng)
+    assert labels.tolist() == [[0, -1]] * 6 and (points < 8).all()  # "not here"
+    for answers in (empty - 0.5, empty + 0.5):  # all right, all wrong
+        assert pretrain.correction(empty, answers, rng)[1].tolist() == [[0]] * 6
+
+
+def test_a_correction_points_at_what_is_wrong():
+    masks = masks_of((10, 10, 29, 29), (10, 10, 29, 29), (10, 10, 29, 29))
+    too_much, too_little = masks_of((10, 10, 29, 39), (10, 10, 29, 19))
+    answers = torch.stack([too_much, too_little, masks[2]]).float() - 0.5
+    for seed in range(20):
+        points, labels = pretrain.correction(masks, answers, np.random.default_rng(seed))
+        assert labels.tolist() == [[0], [1], [1]]
+        rows = points[:, 0, 1].tolist()
+        assert 30 <= rows[0] <= 39 and 20 <= rows[1] <= 29 and 10 <= rows[2] <= 29
+
+
+def test_pretraining_reaches_all_of_sam2_and_nothing_else():
+    torch.manual_seed(0)
+    model = pretrain.bare_sam2()
+    target = masks_of(*[(8 * i, 10, 8 * i + 30, 60) for i in range(8)])
+    images = torch.randint(0, 256, (8, 3, 128, 128), dtype=torch.uint8)
+    batch = {"image": images, "encoder_image": images, "target": target}
+    sum(pretrain.loss(logits, target) for logits in pretrain.both_answers(model, batch, np.random.default_rng(0))).backward()
+    away = "prompt_encoder.point_embeddings.0.weight"  # unused: untrained, it finds nothing anywhere, so nothing too much
+    for name, p in model.named_parameters():
+        assert name == away or (p.grad is not None and p.grad.any()) == p.requires_grad, name
+        assert p.requires_grad or name.startswith(("union_encoder", "sparse_prompt", "mask_decoder.")), name
+    names = set(pretrain.sam2_state(model))
+    real = set(build_sam2("configs/sam2.1/sam2.1_hiera_t.yaml", device="meta", apply_postprocessing=False).state_dict())
+    any_block = partial(re.sub, r"blocks\.\d+", "blocks.N")  # tiny widens in others
+    assert set(map(any_block, names)) <= set(map(any_block, real))  # SAM 2's own names
+    assert {name.split(".")[0] for name in names} == {"image_encoder", "sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed"}
+
+
+def test_tiny_trains_around_a_frozen_sam2_of_the_tool(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_scenes("data/scenes", train=6, val=2, test=0, size=96, progress=False)
+    make_scenes("alone", train=1, val=0, test=0, size=96, progress=False)
+    with pytest.raises(UserError, match="alone has no samples in split 'val'"):
+        pretrain.main(["--data", "alone"])
+    pretrain.main(["--data", "data/scenes", "--samples", "16", "--out", "runs/sam2.pt"])
+    assert "16 samples in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="runs/sam2.pt exists already"):
+        pretrain.main(["--out", "runs/sam2.pt"])
+    before = build_model("tiny", PRESETS["tiny"], sam2_file="runs/sam2.pt")
+    state = torch.load("runs/sam2.pt", weights_only=True)["model"]
+    for ours, theirs in (
+        ("image_encoder.trunk.blocks.2.block.attn.qkv.weight", "image_encoder.trunk.blocks.2.attn.qkv.weight"),
+        ("prompt_encoder.mask_downscaling.0.weight", "sam_prompt_encoder.mask_downscaling.0.weight"),
+    ):
+        assert torch.equal(before.get_parameter(ours), state[theirs])
+    trunk = [k for k, _ in before.named_parameters() if k.startswith(("image_encoder.trunk", "neck"))]
+    frozen = {k for k in trunk if "adapter" not in k}
+    assert len(frozen) > 70 and not any(before.get_parameter(k).requires_grad for k in frozen)
+    train.main("--data scenes --model tiny --sam2 runs/sam2.pt --gpus 0 --workers 0 --epochs 1 --out runs/x "
+               "--set epoch_range=(16,16)".split())  # fmt: skip
+    after = load_checkpoint("runs/x/best.pt")[0]
+    assert not after.preset.train_trunk
+    changed = {k for k, p in before.named_parameters() if not torch.equal(p, after.get_parameter(k))}
+    assert not changed & frozen and any(k.startswith("mask_decoder") for k in changed)
+    assert any("adapter" in k for k in changed)
+
+
+def test_pretraining_is_not_lost_by_what_comes_after_it(scenes, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "train", lambda *_: None)
+    monkeypatch.setattr(pretrain, "validate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(["--data", str(scenes), "--out", str(tmp_path / "sam2.pt")])
+    assert "image_encoder.trunk.patch_embed.proj.weight" in torch.load(tmp_path / "sam2.pt", weights_only=True)["model"]
+
+
+# ---- speed -------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_are_counted_by_hand_for_one_attention():
+    attention = CrossAttention(8, 2)
+    with counting.counter() as count:
+        attention(torch.randn(1, 5, 8), torch.randn(1, 7, 8))
+    assert count.get_total_flops() == 2 * (5 * 8 * 8 + 7 * 8 * 16 + 2 * 5 * 7 * 8 + 5 * 8 * 8)
+
+
+@pytest.mark.slow
+def test_the_paper_s_preset_takes_the_flops_that_were_published(monkeypatch):
+    """2.1258 TFLOP with 10 tokens, all of sam2's heads among them."""
+    monkeypatch.setattr(counting, "LENGTH", 10)
+    assert counting.flops("paper", backward=False)["forward"] == pytest.approx(2125827657728, rel=5e-3)
+
+
+@pytest.mark.parametrize("encoder", ["open_clip", "beit3"])
+def test_the_published_settings_compute_the_same_and_are_undone(encoder):
+    model = small_model(encoder, train_trunk=False).eval()
+    model.cast_frozen(torch.bfloat16)
+    batch = batch_for(model, [7, 4])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.inference_mode():
+        with speed.published_settings(model, half_encoder=False):
+            assert not any(type(m) is CrossAttention for m in model.modules())
+            published = model(*batch).logits
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert any(type(m) is CrossAttention for m in model.modules())
+        for p in model.parameters():
+            p.data = p.data.float()
+        exact = model(*batch).logits
+    assert (published - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
+def test_results_are_appended_to_the_file(tmp_path, capsys):
+    out = tmp_path / "speed.md"
+    out.write_text("# Speed\n")
+    common = ["--model", "tiny", "--image-size", "64", "--repeats", "1", "--warmup", "0", "--device", "cpu", "--out", str(out)]
+    speed.main([*common, "--tasks", "forward", "train", "evaluate", "loader", "--baseline", "--workers", "0"])
+    text = out.read_text()
+    assert text.startswith("# Speed\n") and text in "# Speed\n" + capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| tiny |")]
+    assert [row.split(" | ")[1] for row in rows] == ["train"] * 2 + ["loader"] * 2 + ["forward"] * 2 + ["evaluate"]
+    assert all(float(row.split(" | ")[4]) > 0 for row in rows)
+    speed.main([*common, "--profile"])
+    assert "| Hiera, stage 3: fusion layers |" in out.read_text()
+
+
+@gpu
+@needs_cuda
+def test_a_compiled_training_step_on_cuda():
+    device = torch.device("cuda")
+    model = small_model().to(device)
+    model.cast_frozen(torch.bfloat16)
+    step, traced = speed.Step(model, RECIPES["tiny"]), compiled(model)
+    batch = counting.random_batch(model, 4, device)
+    before = model.text_features.weight.detach().clone()
+    for _ in range(3):
+        step(traced, batch, lambda: autocast(device))
+    assert model.text_features.weight.isfinite().all() and not torch.equal(model.text_features.weight, before)
+
+
+def test_the_cost_of_loading_is_a_table(capsys):
+    loading.main(["--side", "96", "--quality", "75", "--image-size", "64"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 96 x 96, quality 75 |")]
+    assert all(float(cell) >= 0 for cell in row.split("|")[2:-1])
+    assert large_scene.PREDICT.is_file()
