@@ -72,7 +72,7 @@ def reason_for_rasterio(path: Path) -> str:
                 raise UserError(f"{path} is an animation of {frames} frames: save the one you mean as a PNG.")
             if header.format == "JPEG2000":
                 return "is a JPEG 2000 file"
-            if header.format == "PNG" and header.mode != "I;16" and ";16" in str(header.tile[0].args):
+            if header.format == "PNG" and header.mode != "I;16" and ";16" in str(header.tile[0][3]):
                 return "has 16 bits a colour"  # Pillow would drop 8 of them
             if any(path.with_suffix(suffix).exists() for suffix in WORLD_FILES):
                 return "has a world file beside it"
