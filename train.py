@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.optim import Muon
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -32,9 +33,9 @@ from losses import total_loss
 from model import RS2SAM2, compiled, count_parameters
 from presets import PRESETS, RECIPES, Preset, Recipe, with_settings
 from runtime.arguments import at_least
+from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, card_failures, compute_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
-from runtime.optimisers import AveragedWeights, Muon
 from runtime.processes import gather, launch, launched, process_group, processes_for, rank, rank_0_first, world_size
 from runtime.run_folder import RunFolder, free_run, revision
 from runtime.signals import StopSignal, ignore_signals
@@ -130,13 +131,13 @@ def parameter_groups(model: RS2SAM2, recipe: Recipe) -> list[dict]:
     for muon, times in ((False, 1.0), (True, recipe.muon))[: 1 + bool(recipe.muon)]:
         for part, lr in ((fusion, recipe.lr * times), (foundation, recipe.lr * recipe.foundation_rate * times)):
             params = [p for i, p in part.items() if (i in matrices) == muon]
-            groups.append({"params": params, "lr": lr, "peak": lr, "muon": muon})
+            groups.append({"params": params, "lr": lr, "peak": lr, "use_muon": muon})
     return groups
 
 
 def optimizer_for(model: RS2SAM2, recipe: Recipe) -> torch.optim.Optimizer:
-    kind = Muon if recipe.muon else torch.optim.AdamW
-    return kind(parameter_groups(model, recipe), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    groups, options = parameter_groups(model, recipe), {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    return Muon(groups, nesterov=True, **options) if recipe.muon else torch.optim.AdamW(groups, fused=True, **options)
 
 
 def learning_rate(recipe: Recipe, progress: float, epoch: int) -> float:

@@ -29,9 +29,9 @@ from losses import cross_entropy, dice
 from model import RS2SAM2
 from presets import PRESETS, RECIPES
 from runtime.arguments import at_least
+from runtime.averaging import AveragedWeights
 from runtime.devices import default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
-from runtime.averaging import AveragedWeights
 from runtime.run_folder import write_checkpoint
 from synthetic_scenes.scenes import ensure_scenes
 from train import learning_rate, optimizer_for

@@ -1,1 +1,1 @@
-"""What surrounds a run: devices, processes, the run's folder, optimisers, errors. Imports nothing of this project."""
+"""What surrounds a run: devices, processes, the run's folder, averaged weights, errors. Imports nothing of this project."""
