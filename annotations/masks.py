@@ -2,7 +2,6 @@
 
 import re
 
-import cv2
 import numpy as np
 from pycocotools import mask as coco
 
@@ -16,11 +15,12 @@ NUMBERS = re.compile("(?:[P-o]{0,6}[0-O])+")
 def load_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
     """uint8 (H, W) of 0/1 as stored; `size` (H, W) is the image's, and the mask's where the data set gives none."""
     if isinstance(sample.mask, str):
-        pixels = decode(sample.mask, cv2.IMREAD_UNCHANGED)
-        (height, width), (rows, columns) = pixels.shape[:2], size
+        image = decode(sample.mask, any_depth=True)
+        (width, height), (rows, columns) = image.size, size
         if abs(height * columns / (width * rows) - 1) > 0.05:  # real ones are a few rows off
             raise ValueError(f"{sample.mask} ({width} x {height}) and the image ({columns} x {rows}, unturned) differ in shape")
-        pixels = pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=2)  # any colour, a palette's too; not alpha
+        grey = image.mode[0] in "IF" or image.mode == "L"
+        pixels = np.asarray(image) if grey else np.asarray(image.convert("RGB")).max(axis=2)  # any colour; not alpha
         return (pixels > sample.threshold).astype(np.uint8)
     # The union: the published loader keeps pixels that exactly one part covers, and so drops those that two cover.
     height, width = sample.size or size

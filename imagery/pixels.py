@@ -1,6 +1,8 @@
-"""Pixels of plain images: decoding, and resizing to what a model takes. What goes wrong is a ValueError that names the file."""
+"""Pixels of plain images: decoding, and resizing to what a model takes. Errors are ValueErrors that name the file."""
 
 import io
+import re
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,48 +15,37 @@ from runtime.files import file_bytes
 MAX_PIXELS = 2**26  # 8192 x 8192: a file that claims more is taken for a decompression bomb
 
 
-def decode(path, flags, limit=MAX_PIXELS):
-    """The pixels of an image file as cv2 gives them: (H, W) or, with channels in the order BGRA, (H, W, 3 or 4)."""
+def decode(path: str | Path, any_depth: bool = False) -> Image.Image:
+    """The image in the file, decoded; the first one where there are several.
+
+    any_depth: grey of more than 8 bits is taken too (modes I;16, I and F). More bits in colour, which Pillow would cut down to
+    8 without a word, are always a ValueError, as are truncated files and those that claim more than MAX_PIXELS."""
     try:
-        data = file_bytes(path)
-        with Image.open(io.BytesIO(data)) as header:  # reads no more than the header
-            (width, height), kind = header.size, header.format
+        image = Image.open(io.BytesIO(file_bytes(path)))  # reads no more than the header
+        too_large = image.width * image.height > MAX_PIXELS
     except Image.DecompressionBombError:
-        raise ValueError(f"{path} claims more than {limit:,} pixels") from None
+        too_large = True
     except Exception as error:  # a hostile header can raise nearly anything
         other = ", or not 8-bit grey or RGB" if str(path).lower().endswith((".tif", ".tiff")) else ""
         raise ValueError(f"{path} can't be read: {getattr(error, 'strerror', None) or f'not a sound image{other}'}") from None
-    if width * height > limit:
-        raise ValueError(f"{path} claims {width} x {height} pixels, more than {limit:,}")
-    if kind in ("JPEG", "MPO") and not ends(data):  # it decodes, with grey for the rest; other formats fail by themselves
-        raise ValueError(f"{path} is cut off")
+    if too_large:
+        raise ValueError(f"{path} claims more than {MAX_PIXELS:,} pixels")
+    bits = 16 if re.search(";16[BLNS]", f"{image.tile}") or image.mode.startswith("I;16") else 32 if image.mode in "IF" else 8
+    if bits > 8 and not (any_depth and image.mode[0] in "IF"):
+        raise ValueError(f"{path} has {bits} bits a channel: stretch it to 8-bit RGB, all of a set alike")
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
-        pixels = None
-    if pixels is None:
-        raise ValueError(f"{path} is damaged or of an unknown format")
-    return pixels
+        image.load()
+    except Exception:
+        raise ValueError(f"{path} is damaged or cut off") from None
+    return image
 
 
-def ends(jpeg):
-    """Whether an end marker, FFD9, comes after the start of the first scan, FFDA. What goes before a scan, a thumbnail with
-    markers of its own perhaps, is passed over segment by segment; what follows the end does not matter."""
-    place = 2
-    while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != b"\xda":
-        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
-    return jpeg.find(b"\xff\xd9", place) >= 0
-
-
-def read_image(path):
+def read_image(path: str | Path) -> np.ndarray:
     """uint8 RGB (H, W, 3): grayscale becomes RGB; EXIF rotation is ignored, since masks aren't rotated."""
-    pixels = decode(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
-    if pixels.dtype != np.uint8:  # 12 bits in 16 would come out black
-        raise ValueError(f"{path} has {8 * pixels.itemsize} bits a channel: stretch it to 8-bit RGB, all of a set alike")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return np.array(decode(path).convert("RGB"))
 
 
-def resize_image(image, size):
+def resize_image(image: np.ndarray, size: int) -> torch.Tensor:
     """uint8 (H, W, 3) -> uint8 tensor (3, size, size): bilinear with antialias, within 1/255 of PIL's."""
     if size >= max(image.shape[:2]):  # nothing to smooth where an image grows: plain bilinear is the same, and faster
         planes = np.empty((3, size, size), np.uint8)
@@ -68,6 +59,6 @@ def resize_image(image, size):
     return F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)[0].contiguous()
 
 
-def resize_mask(mask, size):
+def resize_mask(mask: np.ndarray, size: int) -> torch.Tensor:
     """uint8 (H, W) -> uint8 tensor (size, size): PIL's nearest, from which torch's 'nearest-exact' can be a row off."""
     return torch.from_numpy(np.array(Image.fromarray(mask).resize((size, size), Image.NEAREST)))
