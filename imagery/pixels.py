@@ -41,7 +41,8 @@ def decode(path: str | Path, any_depth: bool = False) -> Image.Image:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """uint8 RGB (H, W, 3): grayscale becomes RGB; EXIF rotation is ignored, since masks aren't rotated."""
+    """uint8 RGB (H, W, 3): grayscale becomes RGB; EXIF rotation is ignored, since masks aren't rotated (a TIFF's own tag
+    is obeyed by Pillow, in images and masks alike)."""
     return np.array(decode(path).convert("RGB"))
 
 
