@@ -10,8 +10,11 @@ so a checkpoint means the same after this file has changed. `--set name=value` o
 import ast
 import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from types import GenericAlias
+from typing import get_origin
 
 from fusion import PUBLISHED, Architecture
+from losses import TERMS
 from runtime.errors import UserError
 
 OURS = Architecture(
@@ -119,7 +122,7 @@ RECIPES = {
 
 
 def with_settings(preset: Preset, recipe: Recipe, settings: list[str]) -> tuple[Preset, Recipe]:
-    """The records with "name=value" settings applied, in their order; UserError for what is no field or of another kind.
+    """The records with "name=value" settings applied, in their order; UserError for what no run could be made of.
 
     name: a field of Preset or Recipe, or NAME.KEY for a key of a dictionary or of `architecture`. value: a Python literal,
     or text that stands for itself.
@@ -134,7 +137,21 @@ def with_settings(preset: Preset, recipe: Recipe, settings: list[str]) -> tuple[
             preset = _with_setting(preset, name, _value(text), setting)
         else:
             recipe = _with_setting(recipe, name, _value(text), setting)
+        _check(preset, recipe, setting)
     return preset, recipe
+
+
+def _check(preset: Preset, recipe: Recipe, setting: str) -> None:
+    values = vars(preset) | vars(recipe)
+    choices = {"encoder": ("open_clip", "beit3"), "schedule": ("cosine", "constant"), "augment": (None, "paper", "ours")}
+    for name, known in choices.items():
+        if values[name] not in known:
+            raise UserError(f"--set {setting}: {name} is one of {', '.join(map(str, known))}, not {values[name]}")
+    for name in ("epochs", "batch_size", "lr", "cpu_processes", "reduction"):
+        if not 0 < values[name] < math.inf:
+            raise UserError(f"--set {setting}: {name} must be a number above 0, {values[name]} is not")
+    if not recipe.losses or recipe.losses.keys() - TERMS.keys():
+        raise UserError(f"--set {setting}: the loss needs one or more of the terms {', '.join(TERMS)}, and no other")
 
 
 def _value(text: str):
@@ -147,17 +164,19 @@ def _value(text: str):
 def _with_setting(record, name: str, value, setting: str):
     """A copy of a dataclass or dictionary with the value put in at "KEY" or "KEY.KEY"."""
     key, _, rest = name.partition(".")
-    keys = {f.name for f in fields(record)} if is_dataclass(record) else set(record)
-    if key not in keys and (is_dataclass(record) or rest):
-        raise UserError(f"--set {setting}: {key} is not one of {', '.join(sorted(keys))}")
+    kinds = {f.name: f.type for f in fields(record)} if is_dataclass(record) else {k: type(v) for k, v in record.items()}
+    if key not in kinds and (is_dataclass(record) or rest):
+        raise UserError(f"--set {setting}: {key} is not one of {', '.join(sorted(kinds))}")
     old = getattr(record, key) if is_dataclass(record) else record.get(key)
+    kind = kinds.get(key, object)
+    kind = get_origin(kind) if isinstance(kind, GenericAlias) else kind  # of tuple[float, float]: tuple
     if rest:
         if not isinstance(old, dict) and not is_dataclass(old):
             raise UserError(f"--set {setting}: {key} has no parts, give it a value by {key}=...")
         value = _with_setting(old, rest, value, setting)
-    elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+    elif kind is float and type(value) is int:
         value = float(value)
-    elif old is not None and value is not None and not isinstance(value, type(old)):
-        wanted, given = type(old).__name__, type(value).__name__
+    elif not isinstance(value, kind) or (type(value) is bool and kind is int):
+        wanted, given = getattr(kind, "__name__", kind), type(value).__name__
         raise UserError(f"--set {setting}: {name} is of kind {wanted} (now {old!r}), {value!r} is {given}")
     return replace(record, **{key: value}) if is_dataclass(record) else {**record, key: value}

@@ -40,13 +40,29 @@ def test_edges_by_hand():
     assert losses.edges(mask).tolist() == [[[0, 1, 0], [0, 1, 2]]]
 
 
+def test_published_boundary_by_hand():
+    """Edges of [z > -1]: [0 1 0; 0 1 2] against the target's [0 1 0; 0 0 1], times 3: (3^2 + 3^2) / 6."""
+    z = torch.tensor([[[-1.5, 0.0, -0.9], [-2.0, 5.0, -1.0]]])
+    target = torch.tensor([[[0, 1, 1], [1, 1, 0]]])
+    assert losses.edges(target.float()).tolist() == [[[0, 1, 0], [1, 0, 2]]]
+    assert losses.published_boundary(z, target, torch.tensor([3.0])).item() == pytest.approx((9 + 9) / 6)
+
+
+def test_pseudo_mask_by_hand():
+    """A cell whose share of foreground is 1/4 against the logit 0, one without any against the logit -2."""
+    target = torch.tensor([[[1, 0, 0, 0], [0, 0, 0, 0]]])
+    pseudo = torch.tensor([[[[0.0, -2.0]]]])
+    expected = (math.log(2) + math.log1p(math.exp(-2))) / 2
+    assert losses.pseudo_mask_loss(pseudo, target).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_boundary_moves_the_mask_where_the_published_one_does_not():
     target = blob()
     z = torch.randn(1, 12, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = torch.zeros(1, requires_grad=True)
     grad_z, grad_w = torch.autograd.grad(losses.boundary(z, target, weight).sum(), (z, weight))
     assert grad_z.abs().max() > 0 and grad_w.abs().max() > 0
-    published = losses.published_boundary(z, target, weight[:, None, None]).sum()
+    published = losses.published_boundary(z, target, weight).sum()
     assert torch.autograd.grad(published, z, allow_unused=True)[0] is None
 
 
@@ -80,30 +96,40 @@ def test_samples_do_not_mix():
     generator = torch.Generator().manual_seed(1)
     z, weight = torch.randn(3, 12, 12, generator=generator), torch.randn(3, generator=generator)
     target = (torch.rand(3, 12, 12, generator=generator) > 0.7).long()
-    for i in range(3):
-        alone = losses.boundary(z[i : i + 1], target[i : i + 1], weight[i : i + 1])
-        torch.testing.assert_close(losses.boundary(z, target, weight)[i : i + 1], alone)
+    for term in (losses.boundary, losses.published_boundary):
+        alone = [term(z[i : i + 1], target[i : i + 1], weight[i : i + 1]) for i in range(3)]
+        torch.testing.assert_close(term(z, target, weight), torch.cat(alone))
+
+
+def random_output(samples: int) -> Output:
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((samples, 1, 8, 8), (samples, 1, 4, 4), (samples,))
+    return Output(*(torch.randn(shape, generator=generator) for shape in shapes))
 
 
 def test_total_is_the_mean_over_samples_so_batches_may_be_split():
-    generator = torch.Generator().manual_seed(2)
-    output = Output(
-        torch.randn(4, 1, 8, 8, generator=generator),
-        torch.randn(4, 1, 4, 4, generator=generator),
-        torch.randn(4, generator=generator),
+    output, target = random_output(4), (torch.rand(4, 32, 32) > 0.6).to(torch.uint8)
+    coefficients = dict.fromkeys(losses.TERMS, 0.5)
+    whole = losses.total_loss(output, target, coefficients)
+    first, second = (
+        losses.total_loss(Output(*(t[s] for t in output)), target[s], coefficients) for s in (slice(2), slice(2, 4))
     )
-    target = (torch.rand(4, 32, 32, generator=generator) > 0.6).to(torch.uint8)
-    whole = losses.total_loss(output, target, pseudo=0.5)
-    halves = [
-        losses.total_loss(Output(*(t[s] for t in output)), target[s], pseudo=0.5) for s in (slice(2), slice(2, 4))
-    ]
+    assert whole.keys() == {"loss", *losses.TERMS}
     for name in whole:
-        torch.testing.assert_close(whole[name], (halves[0][name] + halves[1][name]) / 2)
+        torch.testing.assert_close(whole[name], (first[name] + second[name]) / 2)
+
+
+def test_the_total_holds_the_terms_that_are_named_and_no_other():
+    output, target = random_output(2), torch.ones(2, 32, 32)
+    both = losses.total_loss(output, target, {"dice": 0.5, "boundary": 2.0})
+    assert list(both) == ["loss", "dice", "boundary"]
+    torch.testing.assert_close(both["loss"], both["dice"] + both["boundary"])
+    torch.testing.assert_close(2 * both["dice"], losses.total_loss(output, target, {"dice": 1.0})["loss"])
 
 
 @pytest.mark.parametrize("value", [0, 1])
 def test_empty_and_full_targets_are_finite(value):
     output = Output(torch.randn(1, 1, 8, 8).requires_grad_(), torch.randn(1, 1, 4, 4), torch.zeros(1))
-    loss = losses.total_loss(output, torch.full((1, 32, 32), value), pseudo=1.0)["loss"]
+    loss = losses.total_loss(output, torch.full((1, 32, 32), value), dict.fromkeys(losses.TERMS, 1.0))["loss"]
     (grad,) = torch.autograd.grad(loss, output.logits)
     assert torch.isfinite(loss) and torch.isfinite(grad).all()
