@@ -121,6 +121,9 @@ RECIPES = {
 }  # fmt: skip
 
 
+CHOICES = {"encoder": ("open_clip", "beit3"), "schedule": ("cosine", "constant"), "augment": (None, "paper", "ours")}
+
+
 def with_settings(preset: Preset, recipe: Recipe, settings: list[str]) -> tuple[Preset, Recipe]:
     """The records with "name=value" settings applied, in their order; UserError for what no run could be made of.
 
@@ -143,8 +146,7 @@ def with_settings(preset: Preset, recipe: Recipe, settings: list[str]) -> tuple[
 
 def _check(preset: Preset, recipe: Recipe, setting: str) -> None:
     values = vars(preset) | vars(recipe)
-    choices = {"encoder": ("open_clip", "beit3"), "schedule": ("cosine", "constant"), "augment": (None, "paper", "ours")}
-    for name, known in choices.items():
+    for name, known in CHOICES.items():
         if values[name] not in known:
             raise UserError(f"--set {setting}: {name} is one of {', '.join(map(str, known))}, not {values[name]}")
     for name in ("epochs", "batch_size", "lr", "cpu_processes", "reduction"):
@@ -164,10 +166,11 @@ def _value(text: str):
 def _with_setting(record, name: str, value, setting: str):
     """A copy of a dataclass or dictionary with the value put in at "KEY" or "KEY.KEY"."""
     key, _, rest = name.partition(".")
-    kinds = {f.name: f.type for f in fields(record)} if is_dataclass(record) else {k: type(v) for k, v in record.items()}
-    if key not in kinds and (is_dataclass(record) or rest):
+    of_record = is_dataclass(record)
+    kinds = {f.name: f.type for f in fields(record)} if of_record else {k: type(v) for k, v in record.items()}
+    if key not in kinds and (of_record or rest):
         raise UserError(f"--set {setting}: {key} is not one of {', '.join(sorted(kinds))}")
-    old = getattr(record, key) if is_dataclass(record) else record.get(key)
+    old = getattr(record, key) if of_record else record.get(key)
     kind = kinds.get(key, object)
     kind = get_origin(kind) if isinstance(kind, GenericAlias) else kind  # of tuple[float, float]: tuple
     if rest:
@@ -179,4 +182,4 @@ def _with_setting(record, name: str, value, setting: str):
     elif not isinstance(value, kind) or (type(value) is bool and kind is int):
         wanted, given = getattr(kind, "__name__", kind), type(value).__name__
         raise UserError(f"--set {setting}: {name} is of kind {wanted} (now {old!r}), {value!r} is {given}")
-    return replace(record, **{key: value}) if is_dataclass(record) else {**record, key: value}
+    return replace(record, **{key: value}) if of_record else {**record, key: value}

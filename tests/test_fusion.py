@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from sam2.modeling.backbones.hieradet import Hiera
 from torch import nn
 
-from fusion import PUBLISHED, Architecture, BidirectionalAdapter, CrossAttention, DecoderFusion, FusedHiera, sincos_2d
+from fusion import PUBLISHED, Architecture, BidirectionalAdapter, CrossAttention, FusedHiera, sincos_2d
 from presets import OURS
 
 
@@ -55,17 +55,6 @@ def test_what_is_rewritten_is_added_to_the_text_in_ours_and_blended_into_it_as_p
     assert torch.equal(x_published, x_ours)
     torch.testing.assert_close(text_published - 0.8 * text, 0.2 * (text_ours - text))
     assert (text_ours - text).abs().min(-1).values.max() > 1e-3  # it is rewritten indeed
-
-
-@pytest.mark.parametrize("residual", [0.0, 1.0])
-def test_the_decoder_s_embedding_is_multiplied_by_what_it_reads(residual):
-    torch.manual_seed(0)
-    fusion = DecoderFusion(16, heads=4, architecture=Architecture(residual=residual))
-    nn.init.zeros_(fusion.attention.out_proj.weight)
-    nn.init.constant_(fusion.attention.out_proj.bias, 0.5)  # every cell reads 0.5
-    embedding = torch.randn(2, 16, 4, 6)
-    out = fusion(embedding, torch.randn(1, 16, 4, 6), torch.randn(2, 3, 16), None)
-    torch.testing.assert_close(out, (residual + 0.5) * embedding)
 
 
 @pytest.mark.parametrize("training", [True, False])

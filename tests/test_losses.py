@@ -18,13 +18,9 @@ def blob(size=12):
 def test_cross_entropy_by_hand():
     z = torch.tensor([[[2.0, -1.0], [0.5, 0.0]]])
     target = torch.tensor([[[1, 0], [0, 1]]])
-    pixels = [
-        1.1 * math.log1p(math.exp(-2)),
-        0.9 * math.log1p(math.exp(-1)),
-        0.9 * math.log1p(math.exp(0.5)),
-        1.1 * math.log(2),
-    ]
-    assert losses.cross_entropy(z, target).item() == pytest.approx(sum(pixels) / 4.0, rel=1e-6)
+    background = 0.9 * (math.log1p(math.exp(-1)) + math.log1p(math.exp(0.5)))
+    foreground = 1.1 * (math.log1p(math.exp(-2)) + math.log(2))
+    assert losses.cross_entropy(z, target).item() == pytest.approx((background + foreground) / 4.0, rel=1e-6)
 
 
 def test_dice_by_hand():
@@ -64,16 +60,6 @@ def test_boundary_moves_the_mask_where_the_published_one_does_not():
     assert grad_z.abs().max() > 0 and grad_w.abs().max() > 0
     published = losses.published_boundary(z, target, weight).sum()
     assert torch.autograd.grad(published, z, allow_unused=True)[0] is None
-
-
-def test_descending_the_boundary_loss_sharpens_the_mask():
-    target, weight = blob(), torch.zeros(1)
-    z = (blob() * 2 - 1 + 0.3).requires_grad_()
-    before = losses.boundary(z, target, weight).item()
-    for _ in range(50):
-        (grad,) = torch.autograd.grad(losses.boundary(z, target, weight).sum(), z)
-        z = (z - 20 * grad).detach().requires_grad_()
-    assert losses.boundary(z, target, weight).item() < 0.5 * before
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -31,18 +31,16 @@ from weights.names import is_unused, our_name
 HERE = Path(__file__).parent
 FIXTURES = Path(os.environ["FIXTURES"]) if os.environ.get("FIXTURES") else None
 TRUNK = "visual_model.image_encoder.trunk."
-BLOCK, OUR_BLOCK = TRUNK + "blocks.0.", "image_encoder.trunk.blocks.0."
 
-# Allowed differences. Of outputs and of the whole model's intermediates, as a share of the published tensor's maximum:
+# Allowed differences of outputs and of the whole model's intermediates, as a share of the published tensor's maximum.
 OUTPUT, INTERMEDIATE = 1e-5, 3e-5
-# Of gradients, relative, for half of a fixture's tensors and for each: (0.5, 1). float32's own noise, measured between our
-# float32 and float64 gradients on fixtures drawn anew, 41 seeds of each component and 13 of the whole model: the worst tensor
-# of a component is off by 1e-6 to 4e-6 in most draws, but by up to 1.2e-4 where a sum happens to cancel; that of the whole
-# model by 4e-5 to 6e-4, since rounding takes a unit across a kink (ReLU, max-pooling) or a one-number gradient cancels.
-# One thread against two is as far, attention without the fused kernel further. Such draws have no bound, so each tensor
-# is held to what a wrong term would exceed by far, and half of them to what rounding keeps to.
-GRADIENT = (1e-5, 1e-3)
-WHOLE_GRADIENT = (1e-3, 0.1)
+# Relative differences of gradients allowed for half of a fixture's tensors and for each. Measured between our float32 and
+# float64 gradients on fixtures drawn anew, 41 seeds of each component file and 12 of the whole model, with one thread, with
+# two, and without the fused attention kernel: the worst tensor of a component is off by 1e-6 to 4e-6 in most draws, by up to
+# 1.2e-4 where a sum cancels; of the whole model by 2e-5 to 7e-4 (half of the tensors by at most 5e-5), as rounding takes
+# a unit across a kink (ReLU, max-pooling), and nothing bounds that. So half are held to rounding, each to what an error is.
+GRADIENT, WHOLE_GRADIENT = (1e-5, 1e-3), (3e-4, 0.2)
+
 
 def cases(folder: str, suffix: str = ".safetensors") -> list:
     """The fixture files of one folder, as pytest parameters; one skipped parameter where there are none."""
@@ -94,90 +92,6 @@ def load(module: nn.Module, weights: dict, prefix: str, ours: str, blocks: int =
     return {k: parameters[name] for k, name in names.items() if name in parameters}
 
 
-def check_component(tensors, weights: dict, inputs: dict, outputs: dict):
-    """Outputs, and the gradients of sum(mean(output^2)) with respect to inputs and weights, where the file has them."""
-    for name, out in outputs.items():
-        assert_close(out, tensors[f"out/{name}"], what=name)
-    scalar = sum(out.square().mean() for out in outputs.values())
-    assert_close(scalar, tensors["out_scalar/value"], what="scalar")
-    wanted = {f"gin/{k}": v for k, v in inputs.items()} | {f"gw/{k}": v for k, v in weights.items()}
-    wanted = {k: v for k, v in wanted.items() if k in tensors}
-    assert wanted
-    grads = zip(wanted, torch.autograd.grad(scalar, wanted.values(), materialize_grads=True))
-    assert_gradients({k: relative((g - tensors[k]).abs().max(), tensors[k].abs().max()) for k, g in grads}, GRADIENT)
-
-
-def inputs_of(tensors: dict) -> dict:
-    """The inputs, ready for gradients where they are numbers."""
-    return {k: v.requires_grad_(v.is_floating_point()) for k, v in under("in/", tensors).items()}
-
-
-@pytest.mark.parametrize("path", cases("01_adapter_cross"))
-def test_bidirectional_adapter(path):
-    tensors, config = read(path)
-    adapter = BidirectionalAdapter(config["D_features"], text_dim=256, hidden=config["D_features"] // 4)
-    weights = load(adapter, under("w/", tensors), BLOCK + "Space_Adapter.", OUR_BLOCK + "space_adapter.")
-    inputs = inputs_of(tensors)
-    x, text = adapter(inputs["x"], inputs["text"].transpose(0, 1), None)
-    check_component(tensors, weights, inputs, {"x": x, "text": text.transpose(0, 1)})
-
-
-@pytest.mark.parametrize("path", cases("02_adapter"))
-def test_bottleneck(path):
-    tensors, config = read(path)
-    adapter = Bottleneck(config["D_features"], config["D_features"] // 4)
-    weights = load(adapter, under("w/", tensors), BLOCK + "MLP_Adapter.", OUR_BLOCK + "mlp_adapter.")
-    inputs = inputs_of(tensors)
-    out = adapter(inputs["x"])
-    check_component(tensors, weights, inputs, {"x": inputs["x"] + out if config["skip_connect"] else out})
-
-
-@pytest.mark.parametrize("path", cases("03_block"))
-def test_fused_block(path):
-    tensors, config = read(path)
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()}
-    dim = args["dim_out"]
-    block = FusedBlock(MultiScaleBlock(**args), BidirectionalAdapter(dim, 256, dim // 4), Bottleneck(dim, dim // 4))
-    weights = load(block, under("w/", tensors), BLOCK, OUR_BLOCK)
-    inputs = inputs_of(tensors)
-    x, text = block(inputs["x"], inputs["text"].transpose(0, 1), None)
-    check_component(tensors, weights, inputs, {"x": x, "text": text.transpose(0, 1)})
-
-
-@pytest.mark.parametrize("path", cases("04_trunk"))
-def test_fused_trunk(path):
-    tensors, config = read(path)
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()}
-    trunk, published = FusedHiera(Hiera(**args), text_dim=256), under("w/", tensors)
-    weights = load(trunk.trunk, published, TRUNK, "image_encoder.trunk.", blocks=sum(args["stages"]))
-    assert len(weights) < len(published)  # the last block's text update
-    inputs = inputs_of(tensors)
-    stages = trunk(inputs["image"], inputs["text"])
-    assert f"out/feat{len(stages)}" not in tensors
-    check_component(tensors, weights, inputs, {f"feat{i}": stage for i, stage in enumerate(stages)})
-
-
-@pytest.mark.parametrize("path", cases("05_maskgen"))
-def test_mask_prompt_generator(path):
-    tensors, config = read(path)
-    generator = MaskPromptGenerator(config["C"])
-    weights = load(generator, under("w/", tensors), "", "mask_prompt.")
-    inputs = inputs_of(tensors)
-    cls, V = inputs["cls"], inputs["V"]
-    token = cls * generator.attention(cls, V)
-    check_component(tensors, weights, inputs, {"token": token, "mask": generator(cls, V).sigmoid()})
-
-
-@pytest.mark.parametrize("path", cases("06_decoder_fusion"))
-def test_decoder_fusion(path):
-    tensors, config = read(path)
-    fusion = DecoderFusion(config["d_model"])
-    weights = load(fusion, under("w/", tensors), "visual_model.sam_mask_decoder.", "decoder_fusion.")
-    inputs = inputs_of(tensors)
-    out = fusion(inputs["image_embeddings"], inputs["image_pe"], inputs["text_feat"], None)
-    check_component(tensors, weights, inputs, {"image_embeddings": out})
-
-
 def beit3_args(args: dict) -> dict:
     return {
         "width": args["encoder_embed_dim"], "layers": args["encoder_layers"], "heads": args["encoder_attention_heads"],
@@ -186,14 +100,74 @@ def beit3_args(args: dict) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", cases("07_beit3"))
-def test_beit3(path):
+def fused_block(config: dict) -> FusedBlock:
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()}
+    dim = args["dim_out"]
+    return FusedBlock(MultiScaleBlock(**args), BidirectionalAdapter(dim, 256, dim // 4), Bottleneck(dim, dim // 4))
+
+
+def fused_trunk(config: dict) -> FusedHiera:
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()}
+    return FusedHiera(Hiera(**args), text_dim=256)
+
+
+def image_and_text(module, x, text) -> dict:
+    x, text = module(x, text.transpose(0, 1), None)
+    return {"x": x, "text": text.transpose(0, 1)}
+
+
+# folder: the module, where the published one and ours stand in the whole model, and what comes out of it for the inputs.
+COMPONENTS = {
+    "01_adapter_cross": (
+        lambda config: BidirectionalAdapter(config["D_features"], text_dim=256, hidden=config["D_features"] // 4),
+        TRUNK + "blocks.0.Space_Adapter.", "image_encoder.trunk.blocks.0.space_adapter.", image_and_text,
+    ),
+    "02_adapter": (
+        lambda config: Bottleneck(config["D_features"], config["D_features"] // 4),
+        TRUNK + "blocks.0.MLP_Adapter.", "image_encoder.trunk.blocks.0.mlp_adapter.",
+        lambda adapter, x, skip_connect: {"x": adapter(x) + skip_connect * x},  # ours has no skip: no block uses one
+    ),
+    "03_block": (fused_block, TRUNK + "blocks.0.", "image_encoder.trunk.blocks.0.", image_and_text),
+    "04_trunk": (
+        fused_trunk, TRUNK, "image_encoder.",
+        lambda trunk, image, text: {f"feat{i}": stage for i, stage in enumerate(trunk(image, text))},
+    ),
+    "05_maskgen": (
+        lambda config: MaskPromptGenerator(config["C"]), "", "mask_prompt.",
+        lambda mpg, cls, V: {"token": cls * mpg.attention(cls, V), "mask": mpg(cls, V).sigmoid()},
+    ),
+    "06_decoder_fusion": (
+        lambda config: DecoderFusion(config["d_model"]), "visual_model.sam_mask_decoder.", "decoder_fusion.",
+        lambda fusion, image_embeddings, image_pe, text_feat: {
+            "image_embeddings": fusion(image_embeddings, image_pe, text_feat, None)},
+    ),
+    "07_beit3": (
+        lambda config: BEiT3Encoder(**beit3_args(config["args"])), "mm_extractor.", "union_encoder.",
+        lambda beit3, image, input_ids, attention_mask: {
+            "encoder_out": torch.cat(beit3(image, input_ids, attention_mask), dim=1)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [case for folder in COMPONENTS for case in cases(folder)])
+def test_component(path):
+    """Outputs, and the gradients of sum(mean(output^2)) with respect to inputs and weights."""
+    make, prefix, ours, forward = COMPONENTS[path.parent.name]
     tensors, config = read(path)
-    beit3 = BEiT3Encoder(**beit3_args(config["args"]))
-    weights = load(beit3, under("w/", tensors), "mm_extractor.", "union_encoder.")
-    inputs = inputs_of(tensors)
-    out = torch.cat(beit3(inputs["image"], inputs["input_ids"], inputs["attention_mask"]), dim=1)
-    check_component(tensors, weights, {"image": inputs["image"]}, {"encoder_out": out})
+    module = make(config)
+    weights = load(module, under("w/", tensors), prefix, ours, blocks=sum(config.get("args", {}).get("stages", [999])))
+    inputs = {k: v.requires_grad_(v.is_floating_point()) for k, v in under("in/", tensors).items()}
+    extra = {"skip_connect": config["skip_connect"]} if "skip_connect" in config else {}
+    outputs = forward(module, **inputs, **extra)
+    assert outputs.keys() == under("out/", tensors).keys()
+    for name, out in outputs.items():
+        assert_close(out, tensors[f"out/{name}"], what=name)
+    scalar = sum(out.square().mean() for out in outputs.values())
+    assert_close(scalar, tensors["out_scalar/value"], what="scalar")
+    wanted = {f"gin/{k}": v for k, v in inputs.items()} | {f"gw/{k}": v for k, v in weights.items()}
+    wanted = {k: v for k, v in wanted.items() if k in tensors}
+    grads = zip(wanted, torch.autograd.grad(scalar, wanted.values(), materialize_grads=True))
+    assert_gradients({k: relative((g - tensors[k]).abs().max(), tensors[k].abs().max()) for k, g in grads}, GRADIENT)
 
 
 @pytest.mark.parametrize("path", cases("08_losses"))
@@ -289,30 +263,13 @@ def watch(model: RS2SAM2) -> dict:
     return seen
 
 
-def probability(output, size) -> torch.Tensor:
-    """The published p at the image's size. (B, H, W)"""
-    return (F.interpolate(output.logits, size, mode="bilinear", align_corners=False)[:, 0] + 1) / 2
-
-
-def published_loss(output, target) -> torch.Tensor:
-    """The published total of one sample."""
-    return losses.total_loss(output, target, {"cross_entropy": 0.9, "dice": 0.1, "published_boundary": 0.2})["loss"]
-
-
-def assert_same_mask(p, published):
-    """p against the published p: within 1e-4, the same decision wherever |z| = |2p - 1| is over 1e-4."""
-    assert (p - published).abs().max() <= 1e-4
-    sure = (2 * published - 1).abs() > 1e-4
-    assert ((p > 0.5) == (published > 0.5))[sure].all()
-
-
 # Not compared: heads that stay unused inside sam2's decoder, and what is not computed or is compared under another name.
 SKIPPED = re.compile(
     r"iou_pred|obj_score_logits|block\d+_text|mask_product_(in|out)|prompt_sparse|dec_tokens_in|dec_high\d|text2one|text_weight|logits"
 )
 
 
-def assert_intermediates(tensors, seen, full, strided=lambda key, ours: ours):
+def assert_intermediates(tensors, seen, full):
     """Intermediates of the samples `full` with the longest phrase (the published batch leaks padding into the others)."""
     compared = 0
     for key, published in under("mid/", tensors).items():
@@ -329,13 +286,6 @@ def assert_intermediates(tensors, seen, full, strided=lambda key, ours: ours):
             assert_close(ours[full], published[full], INTERMEDIATE, what=key)
         compared += 1
     assert compared >= 20, f"only {compared} intermediates were compared"
-
-
-def assert_alone(model, p, image, image_evf, ids, lengths):
-    """Each sample of a batch is what it is alone."""
-    for i, length in enumerate(lengths.tolist() if len(ids) > 1 else ()):
-        output = model(image[i : i + 1], image_evf[i : i + 1], ids[i : i + 1, :length], lengths[i : i + 1])
-        assert (p[i] - probability(output, image.shape[-2:])[0]).abs().max() <= 1e-4
 
 
 def lengths_of(ids) -> torch.Tensor:
@@ -358,63 +308,56 @@ def strided(key: str, x: torch.Tensor) -> torch.Tensor:
     return x[:, ::8, ::2, ::2] if x.shape[-1] <= 16 else x[:, ::8, ::8, ::8]
 
 
-def gradients(loss, parameters: dict) -> dict:
-    """{published name: gradient}, without the key biases, whose gradient is zero up to noise: soft-max sees no shift."""
-    parameters = {k: p for k, p in parameters.items() if not k.endswith("k_proj.bias")}
-    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)))
-
-
-@pytest.mark.parametrize("path", cases("10_whole", "_io.safetensors"))
-def test_whole_model(path):
+def completed(path: Path) -> tuple[dict, dict]:
+    """A whole fixture with its weights, inputs, target and gradients, which stand in other files or are drawn by a rule."""
     tensors, config = read(path)
-    weights, _ = read(path.with_name(path.name.replace("_io.", "_weights.")))
-    model, parameters = published_model(config, under("w/", weights))
+    if "grad_keys" not in config:
+        files = [path.with_name(path.name.replace("_io.", f"_{kind}.")) for kind in ("weights", "grads")]
+        return {k: v for file in files if file.exists() for k, v in read(file)[0].items()} | tensors, config
+    seed, B, S, E = config["seed"], config["batch"], config["sam_image_size"], config["evf_image_size"]
+    weights = {f"w/{k}": draw(seed, k, *rule) for k, *rule in config["weights"]}
+    digests = {f"gw/{k}": digest for k, digest in zip(config["grad_keys"], tensors["grad/digest"].double())}
+    inputs = {k: draw(seed, k, (B, 3, side, side)) for k, side in (("in/image", S), ("in/image_evf", E))}
+    inputs["in/target"] = F.pad(torch.ones(B, 110, 130, dtype=torch.long), (60, S - 190, 40, S - 150))
+    return weights | digests | inputs | tensors, config
+
+
+def error_of_gradient(seed: int, name: str, ours, published) -> float:
+    """Against the published gradient: relative in the L2 norm. Against its digest (norm, dot product with a random direction):
+    the larger of the two, that of the product at the scale it has, |grad| |direction| / sqrt(n)."""
+    if published.dtype == torch.float32:
+        return relative((ours - published).norm(), published.norm())
+    (norm, dot), ours, direction = published, ours.double(), draw(seed + 1, "r/" + name, ours.shape).double()
+    scale = torch.maximum(norm * direction.norm() / direction.numel() ** 0.5, dot.abs())
+    return max(relative(((ours * direction).sum() - dot).abs(), scale), relative((ours.norm() - norm).abs(), norm))
+
+
+@pytest.mark.parametrize("path", cases("10_whole", "_io.safetensors") + cases("10_whole_compact"))
+def test_whole_model(path):
+    tensors, config = completed(path)
+    model, parameters = published_model(config, under("w/", tensors))
     image, image_evf, ids = tensors["in/image"], tensors["in/image_evf"], tensors["in/input_ids"]
     lengths, seen = lengths_of(ids), watch(model)
     output = model(image, image_evf, ids, lengths)
-    p, full = probability(output, image.shape[-2:]), lengths == lengths.max()
-    assert_intermediates(tensors, dict(seen), full)
-    assert_same_mask(p[full], tensors["out/out"][full][:, 1])
-    assert_alone(model, p, image, image_evf, ids, lengths)
-    if len(ids) > 1:
+    full = lengths == lengths.max()
+    assert_intermediates(tensors, seen, full)
+    z = F.interpolate(output.logits, image.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    ours, published = (z, tensors["out/out"]) if "out/out" in tensors else (z[:, 1::4, 2::4], tensors["out/out__sub"])
+    difference = ours[full] - (2 * published[full][:, 1] - 1)
+    assert difference.abs().max() <= 2e-4  # so the decision z > 0 is the same wherever |z| is above that
+    if "out/text_scalar" in tensors:
+        assert_close(output.text_weight[full], tensors["out/text_scalar"][full], what="text weight")
+    if len(ids) > 1:  # each sample is what it is alone; the published loss is one of mixed samples
+        for i, length in enumerate(lengths.tolist()):
+            alone = model(image[i : i + 1], image_evf[i : i + 1], ids[i : i + 1, :length], lengths[i : i + 1])
+            assert (output.logits[i] - alone.logits[0]).abs().max() <= 2e-4
         return
-    loss = published_loss(output, tensors["in/target"])
+    coefficients = {"cross_entropy": 0.9, "dice": 0.1, "published_boundary": 0.2}  # as released
+    loss = losses.total_loss(output, tensors["in/target"], coefficients)["loss"]
     torch.testing.assert_close(loss, tensors["out/loss"], rtol=2e-3, atol=1e-5)
-    grads = path.with_name(path.name.replace("_io.", "_grads."))
-    if not grads.exists():
-        return
-    published = under("gw/", read(grads)[0])
-    ours = gradients(loss, {k: p for k, p in parameters.items() if k in published})
-    assert_gradients({k: relative((g - published[k]).norm(), published[k].norm()) for k, g in ours.items()}, WHOLE_GRADIENT)
-
-
-@pytest.mark.parametrize("path", cases("10_whole_compact"))
-def test_whole_model_compact(path):
-    tensors, config = read(path)
-    seed, B, S, E = config["seed"], config["batch"], config["sam_image_size"], config["evf_image_size"]
-    weights = {k: draw(seed, k, *rule) for k, *rule in config["weights"]} | under("w/", tensors)
-    model, parameters = published_model(config, weights)
-    image, image_evf = draw(seed, "in/image", (B, 3, S, S)), draw(seed, "in/image_evf", (B, 3, E, E))
-    ids, seen = tensors["in/input_ids"], watch(model)
-    lengths = lengths_of(ids)
-    output = model(image, image_evf, ids, lengths)
-    p, full = probability(output, image.shape[-2:]), lengths == lengths.max()
-    assert_intermediates(tensors, dict(seen), full, strided)
-    assert_same_mask(p[full][:, 1::4, 2::4], tensors["out/out__sub"][full][:, 1])
-    assert_close(output.text_weight[full], tensors["out/text_scalar"][full], what="text weight")
-    assert_alone(model, p, image, image_evf, ids, lengths)
-    if B > 1:
-        return
-    target = torch.zeros(B, S, S, dtype=torch.long)
-    target[:, 40:150, 60:190] = 1
-    loss = published_loss(output, target)
-    torch.testing.assert_close(loss, tensors["out/loss"], rtol=2e-3, atol=1e-5)
-    digests = dict(zip(config["grad_keys"], tensors["grad/digest"].double()))
-    errors = {}
-    for name, grad in gradients(loss, {k: parameters[k] for k in digests if k in parameters}).items():
-        norm, dot = digests[name]
-        grad, direction = grad.double(), draw(seed + 1, "r/" + name, grad.shape).double()
-        scale = norm * direction.norm() / direction.numel() ** 0.5  # that of a dot product with a random direction
-        off = relative((grad * direction).sum() - dot, torch.maximum(scale, dot.abs()))
-        errors[name] = max(abs(off), relative((grad.norm() - norm).abs(), norm))
-    assert_gradients(errors, WHOLE_GRADIENT)
+    # Soft-max sees no shift of all keys, so the gradient of their bias is nothing but noise.
+    published = {k: v for k, v in under("gw/", tensors).items() if k in parameters and not k.endswith("k_proj.bias")}
+    if published:
+        grads = torch.autograd.grad(loss, [parameters[k] for k in published], materialize_grads=True)
+        errors = {k: error_of_gradient(config["seed"], k, grad, published[k]) for k, grad in zip(published, grads)}
+        assert_gradients(errors, WHOLE_GRADIENT)
