@@ -106,7 +106,7 @@ def scored(path: Path, data: str | None = None, split: str | None = None, **opti
 
 
 class Runs:
-    """The processes of an ablation's runs, each of which is this program with --run."""
+    """The processes of an ablation's runs, each of which is this program with --only."""
 
     def __init__(self, args: argparse.Namespace, arguments: list[str]):
         self.out, self.arguments, self.running, self.stopped = args.out, arguments, set(), False
@@ -119,7 +119,7 @@ class Runs:
             return None
         log = folder.with_name(f"{folder.name}.log")
         print(f"{folder.name}: {'going on' if RunFolder(folder).taken() else 'starting'}", flush=True)
-        command = [sys.executable, "-m", "experiments.ablate", "--run", name, str(seed), *self.arguments]
+        command = [sys.executable, "-m", "experiments.ablate", "--only", name, str(seed), *self.arguments]
         with open(log, "a") as f:
             # in a process group of its own, so that Ctrl-C reaches it once, from here
             process = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT,
@@ -276,7 +276,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--seeds", nargs="+", type=at_least(int, 0), default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     add("--samples", type=at_least(int, 1), default=20_000, help="budget of a run, rounded up to whole epochs (default: 20000)")
     add("--jobs", type=at_least(int, 1), default=1, metavar="N", help="runs at a time, which share the cores (default: 1)")
-    add("--run", nargs=2, metavar=("NAME", "SEED"), help="do this run alone, in this process")
+    add("--only", nargs=2, metavar=("NAME", "SEED"), help="do this run alone, in this process")  # torchrun has a --run-path
     add("--score", type=Path, metavar="CKPT", help="score a checkpoint, of an ablation or not, and do nothing else")
     add("--split", help="of --score: train, val or test (default: test, or val where there is none)")
     # fmt: on
@@ -300,8 +300,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{args.score} without {without} on {result['data']}, split {result['split']}")
         return print_results(result)
     args.data = args.data or "scenes"
-    if args.run:
-        return run(args, args.run[0], int(args.run[1]))
+    if args.only:
+        return run(args, args.only[0], int(args.only[1]))
     if args.data == "scenes":
         ensure_scenes(Path("data/scenes"))
     recipe, epochs, samples = budget(args)
