@@ -173,8 +173,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = AveragedWeights(model, recipe.ema)
         self.samples, self.epoch, self.best, self.log = 0, 0, -1.0, []  # epoch: how many are complete
-        self.running = {}  # sums over the epoch that is under way
-        self.saved_at, self.revision = time.time(), revision()
+        self.running, self.saved_at, self.revision = {}, time.time(), revision()  # running: sums over the epoch under way
         self.workers = default_workers() if args.workers is None else args.workers
         shortest, longest = recipe.epoch_range
         self.epoch_samples = int(max(shortest, min(longest, len(train_set))))
@@ -308,10 +307,11 @@ def check_finite(run: Run, loss: float, norm: float, ids: list[str]) -> None:
     if math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled() and run.scaler.get_scale() >= 1):
         return
     ids = dict.fromkeys(i for part in gather(ids) for i in part)
-    raise UserError(
-        f"the loss became {loss} and its gradient {norm} at sample {run.samples} (batch {', '.join(ids)}): look at these "
-        f"samples or try a lower --set lr; {run.folder.last} holds an earlier state", exit_code=1,
-    )  # fmt: skip
+    with rank_0_first():  # whose end is the end of all
+        raise UserError(
+            f"the loss became {loss} and its gradient {norm} at sample {run.samples} (batch {', '.join(ids)}): look at these "
+            f"samples or try a lower --set lr; {run.folder.last} holds an earlier state", exit_code=1,
+        )  # fmt: skip
 
 
 def score_validation(run: Run) -> list[dict]:

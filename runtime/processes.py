@@ -55,6 +55,7 @@ def process_group():
     except SystemExit as end:
         code = end.code
     except RuntimeError:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # where the end of another process broke a collective here, that one's message is the one to read
         traceback.print_exc()
     except BaseException:

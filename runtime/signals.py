@@ -22,6 +22,8 @@ class StopSignal:
             self.exit()
 
     def exit(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun hands on what a terminal has sent to all already
+            signal.signal(number, signal.SIG_IGN)
         if self.farewell:
             print(f"\n{self.farewell}", flush=True)
         sys.exit(128 + self.number)
@@ -31,6 +33,10 @@ class StopSignal:
         self.patient = True
         try:
             yield
+        except RuntimeError:  # where another process has failed, torchrun's signal and a broken collective come together
+            if not self.number:
+                raise
+            sys.exit(128 + self.number)  # without farewell: this step is lost
         finally:
             self.patient = False
         if self.number:

@@ -1,435 +1,631 @@
-"""The loop: parameter groups, data order, averages, schedule, and the command lines themselves on a small set of scenes."""
+"""Training: its parts by hand-computed values, and whole runs, undisturbed, stopped, killed, in several processes.
 
-import dataclasses
-import errno
+One server process has the libraries imported and runs the command lines, each in a child of its own.
+"""
+
 import json
 import math
 import os
+import random
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from argparse import Namespace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import open_clip
 import pytest
 import torch
-from torch import nn
 
-import evaluate
-import recipe
-import runs
+import presets
 import train
-from model import PRESETS, RS2SAM2
-from processes import Stream
-from scenes import make_scenes
+from data import open_dataset
+from model import RS2SAM2, compiled
+from presets import PRESETS, RECIPES, Preset, Recipe
+from runtime.errors import UserError
+from synthetic_scenes.scenes import make_scenes
+from weights.checkpoints import stored_preset, stored_recipe
 
 ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+# Epochs of 10 samples in batches of 4: the first is 3 steps, to sample 12, the second 2, to sample 20.
+SMALL = ("image_size=64", "trunk.stages=[1, 1, 1, 1]", "trunk.global_att_blocks=[2]", "encoder_args.joint_layers=1",
+         "encoder_name.vision_cfg.image_size=32", "encoder_name.vision_cfg.layers=1", "epoch_range=(10, 10)", "cpu_processes=2")
+GO_ON = ("--resume", "run")
+
+# Python code of the test's own comes first. With several ranks the children are what torchrun starts.
+SERVER = """
+import json, os, signal, sys, time
+import torch, evaluate, train
+import runtime.processes as processes, runtime.run_folder as run_folder
+for line in sys.stdin:
+    job, pids = json.loads(line), []
+    for rank in range(job["ranks"]):
+        if not (pid := os.fork()):
+            os.setsid()
+            os.chdir(job["cwd"])
+            for number in (1, 2):
+                os.dup2(os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            if job["ranks"] > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]),
+                                  LOCAL_WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=job["port"])
+            module = sys.modules[job["module"]]
+            sys.argv, code = [module.__file__, *job["args"]], 0
+            try:
+                exec(job["first"])
+                module.main()
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+                code = 99
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        pids.append(pid)
+    print(*pids, flush=True)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
+"""
+# In float64 nothing but the order of sums tells numbers of processes apart.
+DOUBLE = """
+from functools import partial
+def double(model):
+    model.double().prompt_encoder.pe_layer.float()  # sam2 multiplies its codes of places with float32 coordinates
+train.main = partial(train.main, edit=double)
+"""
+EVERY_STEP = "train.SAVE_EVERY = 0\n"
+# At a function's call in the step that begins at a sample: something on one rank, before or after.
+AT = """
+call_{name}, name = train.{name}, "{name}"
+def watched(*args, **kwargs):
+    if {rank} == train.rank() and (not hasattr(args[0], "samples") or args[0].samples == {samples}):
+        {do}
+    return call_{name}(*args, **kwargs)
+train.{name} = watched
+"""
+# Dies at the given call of those that write a file; torch.save's is in the middle of it.
+DIE = """
+def dying(call, name, count=[0]):
+    def watched(*args, **kwargs):
+        count[0] += 1
+        if count[0] == {call}:
+            print("killed in", name, flush=True)
+            if name == "save":
+                args[1].write(b"PK half of a checkpoint")
+                args[1].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+    return watched
+torch.save, os.replace, os.fsync = dying(torch.save, "save"), dying(os.replace, "replace"), dying(os.fsync, "fsync")
+"""
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
+
+
+def at(name: str, samples: int, do: str, rank: int = 0) -> str:
+    return AT.format(name=name, samples=samples, do=do, rank=rank)
+
+
+def kill(number: int) -> str:
+    return f"os.kill(os.getpid(), {int(number)})"
+
+
+class Server:
+    """The parent of the processes that the tests start."""
+
+    def __init__(self):
+        command = [sys.executable, "-c", SERVER]
+        self.process = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, cwd: Path, *args, first: str = "", ranks: int = 1, module: str = "train") -> list[int]:
+        """Start a command line in a folder -> the numbers of its processes."""
+        cwd.mkdir(exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        job = {"cwd": str(cwd), "args": list(map(str, args)), "first": first, "ranks": ranks, "module": module, "port": port}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return list(map(int, self.process.stdout.readline().split()))
+
+    def end(self) -> list[int]:
+        """Wait for what was started -> the exit codes."""
+        return list(map(int, self.process.stdout.readline().split()))
+
+    def run(self, cwd: Path, *args, code: int | list = 0, **options) -> str:
+        """Run a command line, which must end with this exit code -> what is printed in this folder so far."""
+        self.start(cwd, *args, **options)
+        codes, printed = self.end(), (cwd / "printed").read_text()
+        assert codes == (code if isinstance(code, list) else [code] * len(codes)), printed
+        assert "Traceback" not in printed, printed
+        return printed
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.process.stdin.close()
+    server.process.wait(60)
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    return make_scenes(tmp_path_factory.mktemp("data") / "scenes", train=6, val=3, test=2, size=96, progress=False)
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes", train=6, val=2, test=1, size=96, seed=1, progress=False)
 
 
-def run(script: str, *args, cwd: Path, code: int = 0) -> str:
-    """Run a command line as a user would -> what it printed."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def in_process(tmp_path, monkeypatch):
+    """main() in the tests' own process: a folder to work in, and its handlers of signals are put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield tmp_path
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-# ---- parts of the loop ------------------------------------------------------------------------------------------------
+def new_run(scenes: Path, *more, gpus: tuple = ("--gpus", 0)) -> tuple:
+    return ("--data", scenes, "--model", "tiny", "--epochs", 2, "--batch-size", 4, "--workers", 0, "--out", "run",
+            *gpus, "--set", *SMALL, *more)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def tiny() -> RS2SAM2:
-    return RS2SAM2(dataclasses.replace(PRESETS["tiny"], image_size=64))
+def undisturbed(server, scenes, tmp_path_factory) -> Path:
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    server.run(folder, *new_run(scenes))
+    return folder / "run"
 
 
-@pytest.mark.parametrize("train_trunk", [True, False])
-def test_parameter_groups_are_disjoint_and_complete(train_trunk):
-    model = RS2SAM2(dataclasses.replace(PRESETS["tiny"], image_size=64, train_trunk=train_trunk))
-    fusion, foundation = recipe.parameter_groups(model, lr=1e-3, foundation_rate=0.5)
-    ids = [id(p) for group in (fusion, foundation) for p in group["params"]]
-    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
-    assert (fusion["lr"], foundation["lr"]) == (1e-3, 5e-4)
-    assert any(p is model.mask_prompt.token.weight for p in fusion["params"])
-    assert any(p is model.decoder_fusion.attention.in_proj_weight for p in fusion["params"])
-    assert any(p is model.mask_decoder.mask_tokens.weight for p in foundation["params"])
-    trunk = model.image_encoder.trunk.blocks[0]
-    assert any(p is trunk.space_adapter.up.weight for p in fusion["params"])
-    assert any(p is trunk.block.norm1.weight for p in foundation["params"]) == train_trunk
+@pytest.fixture(scope="module")
+def doubles(server, scenes, tmp_path_factory) -> dict[str, Path]:
+    """The same run in float64 by one process and by two, whole and in parts -> their folders."""
+    folder, runs = tmp_path_factory.mktemp("doubles"), {}
+    for ranks, parts in ((1, 1), (2, 1), (2, 2)):
+        cwd = folder / f"{ranks} {parts}"
+        server.run(cwd, *new_run(scenes, "muon=0.0"), "--accumulate", parts, first=DOUBLE, ranks=ranks)
+        runs[f"{ranks} x {parts}"] = cwd / "run"
+    return runs
 
 
-def test_muon_takes_the_matrices_of_both_groups(tiny):
-    groups = recipe.parameter_groups(tiny, lr=1e-3, foundation_rate=0.5, muon=2.0)
-    assert [(group["lr"], group["muon"]) for group in groups] == [(1e-3, False), (5e-4, False), (2e-3, True), (1e-3, True)]
+def log_of(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images/s", "data_wait")} for line in lines]
+
+
+def state_of(run: Path, name: str = "last.pt") -> dict:
+    return torch.load(run / name, weights_only=True)
+
+
+def assert_same_run(run: Path, other: Path, tolerance: float = 0) -> None:
+    """The same weights, optimiser, averages, best weights and log, but for timings; bit for bit, if not said otherwise."""
+    def compare(a, b, where=""):
+        if isinstance(a, (dict, list, tuple)):
+            keys = a.keys() if isinstance(a, dict) else range(len(a))
+            assert type(a) is type(b) and keys == (b.keys() if isinstance(a, dict) else range(len(b))), where
+            for key in keys:
+                compare(a[key], b[key], f"{where} {key}")
+        elif isinstance(a, (torch.Tensor, float)):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text: f"{where}: {text}")
+        else:
+            assert a == b, where
+
+    for mine, theirs in zip(log_of(run), log_of(other), strict=True):
+        compare(mine, theirs)
+    for name, keys in (("last.pt", ("model", "average", "optimizer", "samples", "best", "epoch")),
+                       ("best.pt", ("model", "metrics", "epoch"))):  # fmt: skip
+        a, b = state_of(run, name), state_of(other, name)
+        compare({key: a[key] for key in keys}, {key: b[key] for key in keys})
+    assert {p.name for p in run.iterdir()} == {"best.pt", "last.pt", "log.jsonl", "panels.png"}
+
+
+# ---- the parts of the loop --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train_trunk, muon", [(True, 0.0), (False, 0.0), (True, 2.0)])
+def test_parameter_groups_are_disjoint_and_complete(train_trunk, muon):
+    model = RS2SAM2(replace(PRESETS["tiny"], image_size=64, train_trunk=train_trunk))
+    groups = train.parameter_groups(model, Recipe(lr=1e-3, foundation_rate=0.5, muon=muon))
     ids = [id(p) for group in groups for p in group["params"]]
-    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in tiny.parameters() if p.requires_grad}
-    taken = {id(p) for group in groups if group["muon"] for p in group["params"]}
-    assert all(p.ndim == 2 and min(p.shape) > 1 for group in groups[2:] for p in group["params"])
-    encoder, decoder = tiny.union_encoder, tiny.mask_decoder
-    joint, qkv = encoder.joint[0], tiny.image_encoder.trunk.blocks[0].block.attn.qkv
-    for p in (joint.mlp[0].weight, joint.attention.in_proj_weight, qkv.weight, tiny.mask_prompt.token.weight):
-        assert id(p) in taken
-    tables = (encoder.positional_embedding, decoder.mask_tokens.weight, tiny.no_mem_embed)
-    for p in (*tables, encoder.visual.conv1.weight, tiny.text_weight.weight, joint.norm1.weight, joint.mlp[0].bias):
-        assert id(p) in ids and id(p) not in taken
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
+    assert [group["lr"] for group in groups] == ([1e-3, 5e-4, 2e-3, 1e-3] if muon else [1e-3, 5e-4])
+    assert all(group["peak"] == group["lr"] for group in groups)
+    fusion, foundation = ({id(p) for group in groups[n::2] for p in group["params"]} for n in (0, 1))
+    trunk = model.image_encoder.trunk.blocks[0]
+    attention = model.decoder_fusion.attention.in_proj_weight
+    for p in (model.mask_prompt.token.weight, attention, trunk.space_adapter.up.weight):
+        assert id(p) in fusion
+    assert id(model.mask_decoder.mask_tokens.weight) in foundation
+    assert (id(trunk.block.norm1.weight) in foundation) == train_trunk
+    if muon:
+        taken, joint = {id(p) for group in groups[2:] for p in group["params"]}, model.union_encoder.joint[0]
+        assert all(p.ndim == 2 and min(p.shape) > 1 for group in groups[2:] for p in group["params"])
+        for p in (joint.mlp[0].weight, joint.attention.in_proj_weight, trunk.block.attn.qkv.weight, attention):
+            assert id(p) in taken
+        tables = (model.union_encoder.positional_embedding, model.mask_decoder.mask_tokens.weight, model.no_mem_embed)
+        for p in (*tables, model.union_encoder.visual.conv1.weight, model.text_weight.weight, joint.mlp[0].bias):
+            assert id(p) in ids and id(p) not in taken
+    train.optimizer_for(model, Recipe(muon=muon)).step()  # takes the groups as they are
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24, 8), (2, 8, 24)])
-def test_orthogonal_keeps_the_directions_and_makes_their_sizes_equal(shape):
+def test_learning_rates():
+    cosine, constant = Recipe(schedule="cosine"), Recipe(schedule="constant")
+    assert [train.learning_rate(cosine, p, 0) for p in (0, 0.025, 0.05, 0.525, 1)] == pytest.approx([1e-3, 0.5, 1, 0.5, 1e-3])
+    assert [train.learning_rate(constant, 0.5, epoch) for epoch in (0, 49, 50, 59)] == [1, 1, 0.1, 0.1]
+
+
+def resolved(*arguments) -> tuple[Preset, Recipe]:
+    return train.resolve(*train.parse(list(map(str, arguments))))
+
+
+def test_settings_reach_preset_and_recipe():
+    preset, recipe = resolved("--model", "base", "--set", "lr=2e-3", "image_size=512", "--set", "losses.dice=0.5",
+                              "--batch-size", 6, "--epochs", 3)  # fmt: skip
+    assert preset == replace(PRESETS["base"], image_size=512)
+    losses = RECIPES["base"].losses | {"dice": 0.5}
+    assert recipe == replace(RECIPES["base"], lr=2e-3, losses=losses, batch_size=6, epochs=3)
+    assert resolved("--model", "tiny", "--epochs", 3)[1].samples == 0  # the budget in samples gives way
+
+
+def test_flags():
+    flags = [action for action in train.command_line()._actions if action.dest != "help"]
+    assert len(flags) <= 17
+
+
+def small_run(scenes: Path, out: Path, recipe: Recipe) -> train.Run:
     torch.manual_seed(0)
-    matrices = torch.randn(shape, dtype=torch.float64) * torch.logspace(-3, 3, shape[0], dtype=torch.float64)[:, None, None]
-    U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
-    within = U.mT @ recipe.orthogonal(matrices) @ Vh.mT  # diagonal where the directions are kept
-    sizes = within.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(within, torch.diag_embed(sizes), atol=1e-6, rtol=0)
-    assert 0.65 < sizes.min() and sizes.max() < 1.25
+    vision = PRESETS["tiny"].encoder_name["vision_cfg"] | {"image_size": 32}
+    model = RS2SAM2(replace(PRESETS["tiny"], image_size=64, encoder_name=PRESETS["tiny"].encoder_name | {"vision_cfg": vision}))
+    args = Namespace(accumulate=1, seed=0, workers=0, out=out, data=str(scenes), model="tiny", checkpoint_activations=False)
+    train_set = open_dataset(scenes, "train", one_phrase=True, augment=recipe.augment)
+    run = train.Run(args, recipe, model, torch.device("cpu"), train_set, open_dataset(scenes, "val"))
+    run.folder.make()
+    return run
 
 
-def test_a_step_of_muon_is_as_defined_and_adamw_has_the_rest():
-    torch.manual_seed(0)
-    make = lambda: [nn.Parameter(x) for x in torch.randn(3, 6, 4, dtype=torch.float64).unbind()]  # noqa: E731
-    a, b, vector = make()
-    other = nn.Parameter(vector.detach().clone())
-    groups = [{"params": [vector], "lr": 0.1, "muon": False}, {"params": [a, b], "lr": 0.2, "muon": True}]
-    optimizer = recipe.Muon(groups, betas=(0.9, 0.98), weight_decay=0.5, fused=True)
-    adamw = torch.optim.AdamW([other], lr=0.1, betas=(0.9, 0.98), weight_decay=0.5, fused=True)
-    means, expected = [torch.zeros(6, 4, dtype=torch.float64) for _ in range(2)], [a.detach().clone(), b.detach().clone()]
+def test_overflow_is_the_scaler_s_business(scenes, tmp_path):
+    """A step whose gradient overflows is left out and its scale halved; one that does so at a scale below 1 stops."""
+    run = small_run(scenes, tmp_path / "run", Recipe(batch_size=4, lr=1e-3))
+    batch = next(iter(torch.utils.data.DataLoader(
+        run.train_set, batch_size=4, collate_fn=train.Collate(run.model.union_encoder.tokenizer))))  # fmt: skip
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    handle = run.trained[0].register_hook(lambda grad: grad.fill_(math.inf))
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    for scale in (1.0, 0.5):
+        train.train_step(run, batch, Namespace(number=0))
+        assert run.scaler.get_scale() == scale
+    assert all(torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
+    with pytest.raises(UserError, match="gradient inf"):
+        train.train_step(run, batch, Namespace(number=0))
+    handle.remove()
+    run.optimizer.zero_grad()
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    train.train_step(run, batch, Namespace(number=0))
+    assert any(not torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
+
+
+# ---- what a run leaves ------------------------------------------------------------------------------------------------------
+
+
+def plain(value) -> bool:
+    if isinstance(value, dict):
+        return type(value) is dict and all(map(plain, [*value.keys(), *value.values()]))
+    return all(map(plain, value)) if type(value) in (list, tuple) else type(value) in (str, int, float, bool, type(None))
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    printed, lines = (undisturbed.parent / "printed").read_text(), log_of(undisturbed)
+    assert {p.name for p in undisturbed.iterdir()} == {"best.pt", "last.pt", "log.jsonl", "panels.png"}
+    link = undisturbed.parent / "best.pt"
+    assert link.is_symlink() and link.resolve() == (undisturbed / "best.pt").resolve()
+    # the last batch of an epoch is whole and reaches into the next pass
+    assert [(line["epoch"], line["samples"]) for line in lines] == [(1, 12), (2, 20)]
+    assert all(math.isfinite(line[key]) for line in lines for key in ("loss", *RECIPES["tiny"].losses))
+    assert lines[0]["val"]["samples"] == 12 and lines[1]["loss"] < lines[0]["loss"]
+    for told in (" total, ", " trained, ", " frozen", "epoch 2: loss ", ", cpu, run run", "score it with `python eval"):
+        assert told in printed
+
+
+def test_a_checkpoint_means_the_same_whatever_becomes_of_presets_py(undisturbed, monkeypatch):
+    best, last = state_of(undisturbed, "best.pt"), state_of(undisturbed)
+    preset, recipe = resolved(*new_run("DIR")[:-len(SMALL)], *SMALL)
+    for checkpoint in (best, last):
+        assert checkpoint["preset"] == asdict(preset) and checkpoint["recipe"] == asdict(recipe)
+        assert plain({k: v for k, v in checkpoint.items() if k not in ("model", "tokenizer", "average", "optimizer")})
+        assert set(checkpoint["preset"]) == {f.name for f in fields(Preset)} and checkpoint["left_out"] == []
+    assert best.keys() < last.keys() and {"model_name", "data", "metrics", "epoch", "revision", "torch"} < best.keys()
+    assert all(torch.is_tensor(v) for v in best["model"].values()) and best["metrics"]["samples"] == 12
+    monkeypatch.setitem(presets.RECIPES, "tiny", Recipe(lr=9.0))
+    monkeypatch.setitem(presets.PRESETS, "tiny", replace(PRESETS["tiny"], reduction=2))
+    assert (stored_preset(best), stored_recipe(best)) == (preset, recipe) == resolved("--resume", undisturbed)
+
+
+def test_an_ablation_s_edit(scenes, in_process):
+    edited = []
+
+    def edit(model):
+        edited.append(model)
+        model.edited = torch.nn.Linear(1, 1)  # is trained and kept like the rest
+
+    args = list(map(str, (*new_run(scenes), "epoch_range=(4, 4)", "--epochs", 1)))
+    train.main(args, edit=edit, left_out=("x", "y"))
+    assert len(edited) == 1
+    for name in ("best.pt", "last.pt"):
+        checkpoint = state_of(Path("run"), name)
+        assert checkpoint["left_out"] == ["x", "y"] and "edited.weight" in checkpoint["model"]
+    train.main(["--resume", "run"], edit=edit, left_out=("x", "y"))
+    assert len(edited) == 2 and state_of(Path("run"))["left_out"] == ["x", "y"]
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "run"])
+
+
+# ---- as on a card -----------------------------------------------------------------------------------------------------------
+
+
+def test_behind_torch_compile_a_run_goes_all_its_ways(scenes, undisturbed, in_process, monkeypatch, capsys):
+    """Trained, validated, stopped, resumed and scored in the end, as on a card."""
+    forms, backward = [], train.backward
+
+    def callable_form(model, device):
+        forms.append(compiled(model, backend="eager"))
+        return forms[-1]
+
+    def stop(run, *args, **kwargs):
+        if run.samples == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(run, *args, **kwargs)
+
+    monkeypatch.setattr(train, "callable_form", callable_form)
+    monkeypatch.setattr(train, "backward", stop)
+    with pytest.raises(SystemExit) as end:
+        train.main(list(map(str, new_run(scenes))))
+    assert end.value.code == 143 and state_of(Path("run"))["samples"] == 16 and "val" in log_of(Path("run"))[0]
+    train.main(["--resume", "run"])
+    assert all(isinstance(form, torch._dynamo.OptimizedModule) for form in forms) and len(forms) == 2
+    assert "score it with" in capsys.readouterr().out
+    assert_same_run(Path("run"), undisturbed, tolerance=1e-5)
+    assert state_of(Path("run"))["model"].keys() == state_of(undisturbed)["model"].keys()
+
+
+# ---- stopped, killed, full --------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_finishes_the_step_and_saves(server, scenes, undisturbed, tmp_path):
+    """In the middle of an epoch, in an epoch's last step, in the run's last step; in the end with workers."""
+    args = new_run(scenes)
+    for number, code, where, samples in ((signal.SIGTERM, 143, "backward", 0), (signal.SIGINT, 130, "check_finite", 8),
+                                         (signal.SIGINT, 130, "backward", 16)):  # fmt: skip
+        printed = server.run(tmp_path, *args, first=at(where, samples, kill(number)), code=code)
+        assert printed.endswith("\nstopped; go on with: python train.py --resume run\n")
+        assert state_of(tmp_path / "run")["samples"] == samples + 4
+        args = (*GO_ON, "--workers", 2)
+    assert printed.count("go on with") == 3
+    server.run(tmp_path, *GO_ON)
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_signal_outside_of_steps_ends_at_once(server, scenes, undisturbed, tmp_path):
+    """While the model is built, when there is nothing to go on with yet; and while it is validated."""
+    printed = server.run(tmp_path / "a", *new_run(scenes), first=at("prepare", 0, kill(signal.SIGINT)), code=130)
+    assert not (tmp_path / "a" / "run").exists() and "go on with" not in printed
+    printed = server.run(tmp_path / "b", *new_run(scenes), first=at("score", 0, kill(signal.SIGTERM)), code=143)
+    assert printed.endswith("\nstopped; go on with: python train.py --resume run\n")
+    assert not (tmp_path / "b" / "run" / "log.jsonl").exists()
+    server.run(tmp_path / "b", *GO_ON)
+    assert_same_run(tmp_path / "b" / "run", undisturbed)
+
+
+def test_killed_while_checkpoints_are_written(server, scenes, undisturbed, tmp_path):
+    """In the middle of a file, before it is flushed, before it is renamed: last.pt is whole each time."""
+    args, seen = new_run(scenes), set()
+    for call in (1, 5, 6, 7, 4):
+        printed = server.run(tmp_path, *args, first=EVERY_STEP + DIE.format(call=call), code=-signal.SIGKILL)
+        seen.add(printed.split()[-1])
+        if (tmp_path / "run" / "last.pt").exists():
+            state_of(tmp_path / "run")
+            args = GO_ON
+    server.run(tmp_path, *GO_ON)
+    assert seen == {"save", "fsync", "replace"}
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_killed_at_random_moments(server, scenes, undisturbed, tmp_path):
+    """By a timer of the process's own time, which ends it as SIGKILL does: nothing runs any more."""
+    rng, folder = random.Random(0), tmp_path / "run"
     for _ in range(3):
-        gradients = torch.randn(3, 6, 4, dtype=torch.float64)
-        for p, gradient in zip((a, b, vector), gradients):
-            p.grad = gradient.clone()
-        other.grad = gradients[2].clone()
-        optimizer.step(), adamw.step()
-        for i in range(2):
-            means[i] = 0.95 * means[i] + 0.05 * gradients[i]
-            nesterov = 0.95 * means[i] + 0.05 * gradients[i]
-            update = recipe.orthogonal(nesterov[None])[0] * 0.2 * 6**0.5
-            expected[i] = expected[i] * (1 - 0.2 * 0.5) - 0.2 * update
-    torch.testing.assert_close([a.detach(), b.detach()], expected)
-    assert torch.equal(vector, other)
+        timer = f"signal.setitimer(signal.ITIMER_VIRTUAL, {rng.uniform(0.2, 1.2)})\n"
+        server.start(tmp_path, *(GO_ON if (folder / "last.pt").exists() else new_run(scenes)), first=EVERY_STEP + timer)
+        assert server.end()[0] in (0, -signal.SIGVTALRM), (tmp_path / "printed").read_text()
+        assert not (folder / "last.pt").exists() or state_of(folder)["samples"] % 4 == 0
+    server.run(tmp_path, *GO_ON)
+    assert_same_run(folder, undisturbed)
 
 
-def test_the_stream_visits_every_sample_once_a_pass_and_can_be_cut_anywhere():
-    whole = list(Stream(7, seed=3, start=0, stop=21))
-    for number in range(3):
-        assert sorted(whole[7 * number : 7 * number + 7]) == [(i, number) for i in range(7)]
-    assert [i for i, _ in whole[:7]] != [i for i, _ in whole[7:14]]
-    for cut in range(22):
-        assert list(Stream(7, 3, 0, cut)) + list(Stream(7, 3, cut, 21)) == whole
-    assert list(Stream(7, 4, 0, 21)) != whole
+def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(server, scenes, undisturbed, tmp_path):
+    """Before the first checkpoint, at a later last.pt, at best.pt; then there is room again."""
+    server.run(tmp_path, *new_run(scenes), first=FULL, code=1)
+    assert not list((tmp_path / "run").iterdir())
+    server.run(tmp_path, *new_run(scenes), first=EVERY_STEP + at("backward", 8, FULL), code=1)
+    assert state_of(tmp_path / "run")["samples"] == 8
+    printed = server.run(tmp_path, *GO_ON, first=at("score", 0, FULL), code=1)
+    assert state_of(tmp_path / "run")["samples"] == 12 and not (tmp_path / "run" / "best.pt").exists()
+    told = r"train.py: run/(.*).pt can't be written \(File too large\): make room .* what was saved before is untouched\n"
+    assert re.findall(told, printed) == ["last", "last", "best"] and printed.count("train.py:") == 3
+    server.run(tmp_path, *GO_ON)
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_the_average_is_the_moving_average(tiny):
-    model = torch.nn.Linear(2, 1, bias=False)
-    average = train.Average(model, decay=0.5)
-    first = model.weight.detach().clone()
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    average.update()  # the first step: decay 1 / 11
-    torch.testing.assert_close(average.mean["weight"], first / 11 + (first + 1) * 10 / 11)
-    live = model.weight.detach().clone()
-    average.swap()
-    torch.testing.assert_close(model.weight.detach(), first + 10 / 11)
-    average.swap()
-    assert torch.equal(model.weight.detach(), live)
-
-
-def test_schedules():
-    cosine = [recipe.rate_factor("cosine", p, 0) for p in (0, 0.025, 0.05, 0.525, 1)]
-    assert cosine == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert [recipe.rate_factor("constant", 0.5, epoch) for epoch in (0, 49, 50, 59)] == [1, 1, 0.1, 0.1]
-    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "peak": peak} for peak in (1.0, 2.0)], lr=9.0)
-    for progress, factor in ((0, 0.001), (0.05, 1), (0.525, 0.5), (1, 0.001)):
-        recipe.set_rates(optimizer, "cosine", progress, epoch=0)
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([factor, 2 * factor])
-
-
-def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    runs.write_checkpoint(path, {"x": 1})
-    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(runs.WriteError, match="disk full"):
-        runs.write_checkpoint(path, {"x": 2})
-    assert torch.load(path, weights_only=True) == {"x": 1}
-
-
-def test_the_link_never_replaces_a_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for number in (1, 2):
-        best = tmp_path / "runs" / str(number) / "best.pt"
-        best.parent.mkdir(parents=True)
-        best.write_text(str(number))
-        runs.link_best(best.relative_to(tmp_path))
-        assert Path("best.pt").read_text() == str(number)
-    Path("best.pt").unlink()
-    Path("best.pt").write_text("mine")
-    runs.link_best(best)
-    assert Path("best.pt").read_text() == "mine"
-
-
-def test_where_there_can_be_no_link_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    def refuse(*_, **__):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "symlink", refuse)
-    monkeypatch.setattr(Path, "symlink_to", refuse)
-    folder = runs.RunFolder(tmp_path / "run")
-    folder.make()
-    folder.save_best({"x": 1})
-    assert torch.load(folder.path / "best.pt", weights_only=True) == {"x": 1} and not Path("best.pt").exists()
-    told = capsys.readouterr().out
-    assert f"best.pt can't be linked here (Operation not supported); this run's best is {folder.path}" in told
-
-
-def out_of_memory(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def no_compiler(*_):
-    def backend(*_):
-        raise RuntimeError("Failed to find\n C compiler")
-
-    torch.compile(torch.sin, backend=backend)(torch.ones(1))
-
-
-@pytest.mark.parametrize("step, told", [
-    (out_of_memory, "out of memory with --batch-size 8 at 64 pixels: try --accumulate 2, --checkpoint-activations, or a "
-     "smaller --image-size"),
-    (no_compiler, "torch.compile failed .*Failed to find C compiler.*: install what it misses, often a C compiler, or train "
-     "without it, slower, by TORCH_COMPILE_DISABLE=1 in the environment"),
+@pytest.mark.parametrize("spoilt, loss", [
+    ("args[0].trained[0].data.fill_(float('nan'))", "nan"),
+    ("args[0].trained[0].register_hook(lambda grad: grad.fill_(float('inf')))", r"\d\.\d+"),
 ])  # fmt: skip
-def test_what_fails_on_a_card_alone_is_one_sentence(step, told, scenes, tmp_path, monkeypatch):
-    command = f"train.py --data {scenes} --model tiny --image-size 64 --gpus 0 --workers 0 --out {tmp_path / 'run'}"
-    monkeypatch.setattr(sys, "argv", command.split())
-    monkeypatch.setattr(train.Trainer, "step", step)
-    with pytest.raises(runs.UsageError, match=told):
-        train.main()
+def test_what_is_not_finite_stops_within_the_step(server, scenes, tmp_path, spoilt, loss):
+    see = at("check_finite", 8, "print('batch', ', '.join(dict.fromkeys(args[3])))")
+    printed = server.run(tmp_path, *new_run(scenes), first=EVERY_STEP + see + at("backward", 8, spoilt), code=1)
+    (ids,) = re.findall("^batch (.*)$", printed, re.MULTILINE)
+    sentence = rf"train.py: the loss became {loss} and its gradient (nan|inf) at sample 8 \(batch (.*)\): look at these"
+    (match,) = re.finditer(sentence, printed)
+    assert match.group(2) == ids and "go on with" not in printed
+    assert state_of(tmp_path / "run")["samples"] == 8 and printed.count("train.py:") == 1
+    assert all(v.isfinite().all() for v in state_of(tmp_path / "run")["model"].values())
 
 
-# ---- metrics ------------------------------------------------------------------------------------------------------------
+# ---- several processes ------------------------------------------------------------------------------------------------------
 
 
-def test_iou_by_hand():
-    a, b = np.array([[1, 1, 0], [0, 0, 0]]), np.array([[1, 0, 1], [0, 0, 0]])
-    assert evaluate.iou_counts(a, b) == (1, 3)
-    scores = evaluate.summarise([1, 9, 0], [3, 10, 0])
-    assert scores["mIoU"] == pytest.approx(100 * (1 / 3 + 0.9 + 1) / 3) and scores["oIoU"] == pytest.approx(1000 / 13)
-    assert scores["Pr@0.9"] == pytest.approx(200 / 3)  # >=, and a correct "nothing there" counts
-    assert evaluate.summarise([1, 9, 0], [3, 10, 0], "paper")["mIoU"] == pytest.approx(100 * (1 / 3 + 0.9) / 3)
+def test_processes_and_parts_compute_the_same_steps(doubles):
+    one = state_of(doubles["1 x 1"])
+    assert one["model"]["text_weight.weight"].dtype == torch.float64 and one["samples"] == 20
+    for how in ("2 x 1", "2 x 2"):
+        assert_same_run(doubles["1 x 1"], doubles[how], tolerance=1e-9)
+    printed = (doubles["2 x 1"].parent / "printed").read_text()
+    for told in ("2 x cpu", "parameters:", "epoch 1:", "epoch 2:", "score it with"):
+        assert printed.count(told) == 1
 
 
-def test_intervals_are_the_bootstrap_s():
-    """Two images, one all right and one all wrong: a draw of two has none, one or both right, with 1/4, 1/2, 1/4."""
-    def row(file, iou):
-        return {"scene": file, "iou": iou, "intersection": 50 * iou, "union": 100}
-
-    rows = [row("a", 1.0), row("a", 1.0), row("b", 0.0), row("b", 0.0)]
-    assert evaluate.bootstrap(rows, "ours") == {"mIoU interval": [0.0, 100.0], "oIoU interval": [0.0, 50.0]}
-    # 400 images, half right: the interval is that of a mean of 400 coins, 50 +- 1.96 * 2.5
-    rows = [row(str(i), float(i % 2)) for i in range(400)]
-    low, high = evaluate.bootstrap(rows, "ours")["mIoU interval"]
-    assert low == pytest.approx(45.1, abs=0.8) and high == pytest.approx(54.9, abs=0.8)
-    same = [row("one", 0.3), row("one", 0.5)]  # one image: nothing varies
-    assert evaluate.bootstrap(same, "ours")["mIoU interval"] == pytest.approx([40, 40])
+def test_two_processes_count_nothing_twice_in_scoring(server, doubles):
+    cwd, seen = doubles["1 x 1"].parent, []
+    for ranks in (1, 2):
+        server.run(cwd, "--ckpt", "run/best.pt", "--split", "val", "--json", f"{ranks}.json", module="evaluate", ranks=ranks)
+        seen.append(json.loads((cwd / f"{ranks}.json").read_text()))
+    assert seen[0] == seen[1] and len(seen[0]["rows"]) == 12
+    assert len({(row["id"], row["phrase"]) for row in seen[0]["rows"]}) == 12
+    assert (cwd / "printed").read_text().count("split val") == 2
 
 
-def test_rows_by_size_of_the_target():
-    names = [evaluate.size_name(share) for share in (0, 0.0099, 0.01, 0.0999, 0.1, 1)]
-    assert [name.split()[0] for name in names] == ["nothing", "small", "medium", "medium", "large", "large"]
+@pytest.mark.parametrize("where, rank, samples", [("backward", 1, 12), ("check_finite", 0, 8)])
+def test_two_processes_stop_after_the_same_step(server, scenes, doubles, tmp_path, where, rank, samples):
+    """A signal to one of them: in a step; after the sums of an epoch's last step are read, too late for that one. Two go on,
+    and one with what two began."""
+    first = DOUBLE + at(where, samples, kill(signal.SIGTERM), rank)
+    printed = server.run(tmp_path, *new_run(scenes, "muon=0.0"), first=first, ranks=2, code=143)
+    assert printed.endswith("\nstopped; go on with: python train.py --resume run\n") and printed.count("go on with") == 1
+    assert state_of(tmp_path / "run")["samples"] == samples + 4
+    server.run(tmp_path, *GO_ON, first=DOUBLE, ranks=2 if rank else 1)
+    assert_same_run(tmp_path / "run", doubles["2 x 1"], tolerance=0 if rank else 1e-9)
 
 
-def test_best_median_worst_covers_both_ends():
-    rows = [{"iou": i / 10} for i in range(10)]
-    assert evaluate.best_median_worst(rows, 5) == [9, 8, 5, 4, 0]
-    assert sorted(evaluate.best_median_worst(rows, 50)) == list(range(10))
-    assert evaluate.best_median_worst(rows, 1) == [9]
+def test_two_processes_are_killed_while_one_writes(server, scenes, doubles, tmp_path):
+    """In the middle of a checkpoint; the other waits for it."""
+    first = DOUBLE + "if os.environ['RANK'] == '0':\n" + re.sub("(?m)^", "    ", EVERY_STEP + DIE.format(call=4))
+    server.start(tmp_path, *new_run(scenes, "muon=0.0"), ranks=2, first=first + "\nprocesses.time.sleep = lambda seconds: None")
+    assert server.end() == [-signal.SIGKILL, 1] and "killed in save" in (tmp_path / "printed").read_text()
+    assert state_of(tmp_path / "run")["samples"] == 0
+    (tmp_path / "printed").unlink()
+    server.run(tmp_path, *GO_ON, first=DOUBLE, ranks=2)
+    assert_same_run(tmp_path / "run", doubles["2 x 1"])
 
 
-# ---- the command lines ----------------------------------------------------------------------------------------------------
+def test_numbers_that_are_not_finite_are_said_once_by_two(server, scenes, tmp_path):
+    first = at("backward", 4, "args[0].trained[0].data.fill_(float('nan'))", rank=1) + "processes.time.sleep = os._exit\n"
+    server.start(tmp_path, *new_run(scenes), ranks=2, first=first)
+    codes, printed = server.end(), (tmp_path / "printed").read_text()
+    assert codes[0] == 1 and printed.count("train.py: the loss became nan") == 1 and "Traceback" not in printed
+    assert len(re.search(r"\(batch (.*?)\)", printed).group(1).split(", ")) > 1  # of both
 
 
-@pytest.fixture(scope="module")
-def finished(scenes, tmp_path_factory) -> tuple[Path, str]:
-    """A folder in which two short epochs were trained -> (the folder, what was printed)"""
-    cwd = tmp_path_factory.mktemp("work")
-    args = ("--data", scenes, "--model", "tiny", "--image-size", 64, "--epochs", 2, "--batch-size", 16, "--workers", 1)
-    return cwd, run("train.py", *args, "--gpus", 0, cwd=cwd)
+def wait_for(condition, seconds: float = 100) -> None:
+    until = time.time() + seconds
+    while not condition():
+        assert time.time() < until
+        time.sleep(0.02)
 
 
-def test_training_leaves_what_it_promises(finished):
-    cwd, printed = finished
-    out = cwd / "runs" / "scenes-tiny-1"
-    assert {p.name for p in out.iterdir()} == {"best.pt", "last.pt", "previous.pt", "log.jsonl", "panels.png"}
-    assert (cwd / "best.pt").is_symlink() and (cwd / "best.pt").resolve() == out / "best.pt"
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2] and all(math.isfinite(line["loss"]) for line in lines)
-    assert "total" in printed and "trained" in printed and "frozen" in printed and "mIoU" in printed
-    best = torch.load(out / "best.pt", weights_only=True)
-    assert best["model_name"] == "tiny" and best["preset"]["image_size"] == 64
+def test_the_processes_that_train_py_starts_stop_together(server, scenes, tmp_path):
+    """Two processes by torchrun, and Ctrl-C, as a terminal sends it, to everybody."""
+    endless = new_run(scenes, "epoch_range=(1000000, 1000000)", gpus=())
+    (pid,) = server.start(tmp_path, *endless, "--workers", 1)
+    wait_for((tmp_path / "run" / "last.pt").exists)
+    time.sleep(0.5)  # and steps begin
+    os.killpg(pid, signal.SIGINT)
+    assert server.end() == [130], (tmp_path / "printed").read_text()
+    printed = (tmp_path / "printed").read_text()
+    assert "Traceback" not in printed and state_of(tmp_path / "run")["samples"] > 0
+    assert printed.count("stopped; go on with: python train.py --resume run\n") == 1
+    assert os.cpu_count() < 2 or "2 x cpu" in printed
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        time.sleep(0.5)
+        os.killpg(pid, 0)
 
 
-def test_evaluation_needs_the_checkpoint_alone(finished):
-    cwd, _ = finished
-    printed = run("evaluate.py", "--ckpt", "best.pt", "--json", "s.json", "--panels", 3, cwd=cwd)
-    assert "split test" in printed and (cwd / "panels-test.png").exists()
-    result = json.loads((cwd / "s.json").read_text())
-    rows = result["rows"]
-    assert result["scores"]["samples"] == len(rows) and set(rows[0]) >= {"id", "phrase", "intersection", "union", "iou"}
-    assert result["scores"]["mIoU"] == pytest.approx(100 * np.mean([r["iou"] for r in rows]))
-    low, high = result["scores"]["mIoU interval"]
-    assert low <= result["scores"]["mIoU"] <= high and "95 % intervals" in printed
-    assert sum(group["samples"] for group in result["by size"].values()) == len(rows)
-    assert "exists" in run("evaluate.py", "--json", "s.json", cwd=cwd, code=2)  # nothing is overwritten
-    run("evaluate.py", "--protocol", "paper", "--split", "val", cwd=cwd)
+def test_a_broken_sample_of_one_process_is_one_sentence(server, tmp_path):
+    scenes = make_scenes(tmp_path / "scenes", train=6, val=2, test=1, size=96, seed=1, progress=False)
+    Path(open_dataset(scenes, "train").samples[0].image).write_bytes(b"no image")
+    printed = server.run(tmp_path, *new_run(scenes, "epoch_range=(100, 100)", gpus=()), code=2)
+    *_, sentence = printed.splitlines()  # after two of the run's beginning
+    assert re.fullmatch(r"train.py: Sample \d of scenes .* is broken: .* not a sound image\.", sentence), printed
+    assert printed.count("\n") == 3, printed
 
 
-STOP = """
-import sys, train
-save = train.Trainer.save_last
-def save_and_stop(self, metrics):
-    save(self, metrics)
-    if self.samples:
-        sys.exit(0)
-train.Trainer.save_last = save_and_stop
-train.SAVE_EVERY = {seconds}
-train.main()
-"""
-
-
-def test_resume_is_exact(finished, scenes, tmp_path):
-    """Stopped after its first step, gone on with, stopped after an epoch and gone on with again: bit for bit the run in one
-    go."""
-    cwd, _ = finished
-    whole = torch.load(cwd / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
-    first = ("--data", scenes, "--model", "tiny", "--image-size", 64, "--epochs", 2, "--batch-size", 16, "--gpus", 0)
-    again = ("--resume", "runs/scenes-tiny-1")
-    for args, seconds, samples in ((first, 0, 16), (again, 600, whole["samples"] // 2)):
-        subprocess.run(
-            [sys.executable, "-c", STOP.format(seconds=seconds), *map(str, args)], cwd=tmp_path, check=True, timeout=300,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True,
-        )  # fmt: skip
-        stopped = torch.load(tmp_path / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
-        assert stopped["samples"] == samples
-    run("train.py", *again, cwd=tmp_path)
-    resumed = torch.load(tmp_path / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
-    for key in ("model", "average"):
-        for name, tensor in whole[key].items():
-            assert torch.equal(tensor, resumed[key][name]), name
-    assert resumed["samples"] == whole["samples"] and resumed["best"] == whole["best"]
-
-
-def test_a_run_of_another_recipe_is_not_gone_on_with(finished, tmp_path):
-    state = torch.load(finished[0] / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
-    state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:2]
-    torch.save(state, tmp_path / "last.pt")
-    printed = run("train.py", "--resume", "last.pt", cwd=tmp_path, code=2)
-    assert f"last.pt was trained in another way, by revision {state['revision']} of this program" in printed
-
-
-def test_what_resume_can_t_change_is_said(finished, tmp_path):
-    cwd, _ = finished
-    printed = run("train.py", "--resume", "runs/scenes-tiny-1", "--image-size", 96, cwd=cwd, code=2)
-    assert "--image-size can't be changed by --resume" in printed
-    state = torch.load(cwd / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
-    state["args"]["seed"] = 3
-    torch.save(state, tmp_path / "last.pt")
-    printed = run("train.py", "--resume", "last.pt", "--seed", 0, cwd=tmp_path, code=2)  # though 0 is the default
-    assert "--seed can't be changed by --resume" in printed
-
-
-def test_a_run_of_another_form_is_not_gone_on_with(finished, tmp_path):
-    state = torch.load(finished[0] / "runs" / "scenes-tiny-1" / "last.pt", weights_only=True)
-    state["preset"]["wings"] = 2
-    torch.save(state, tmp_path / "last.pt")
-    printed = run("train.py", "--resume", "last.pt", cwd=tmp_path, code=2)
-    assert "last.pt does not fit this version of the code" in printed and "'wings'" in printed
-    assert f"use the revision {state['revision']}, or train it again" in printed and "Traceback" not in printed
-
-
-def test_another_run_s_checkpoint_is_not_overwritten(finished, scenes):
-    cwd, _ = finished
-    args = ("--data", scenes, "--model", "tiny", "--image-size", 64, "--out", "runs/scenes-tiny-1", "--gpus", 0)
-    assert "holds another run" in run("train.py", *args, cwd=cwd, code=2)
+# ---- mistakes ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "args, expected",
     [
-        (["--data", "nowhere"], "no folder nowhere"),
-        (["--data", "RRSIS-D"], "refs(unc).p"),  # shows the expected layout
-        (["--data", "EMPTY"], "refs(unc).p"),
-        (["--gpus", "99"], "--gpus 99"),
-        (["--data", "SCENES", "--model", "large"], "laion2b_s32b_b82k=FILE"),  # says how to name a local file
-        (["--data", "SCENES", "--model", "large", "--encoder-weights", "empty.pt"], "--sam2 FILE"),
-        (["--model", "large"], "--encoder-weights laion2b_s32b_b82k=FILE"),  # before scenes are made
-        (["--image-size", "100"], "multiple of 32"),
-        (["--data", "SCENES", "--model", "large", "--sam2", "none.pt"], "no weights file at none.pt"),
-        (["--data", "SCENES", "--model", "large", "--sam2", "empty.pt"], "--encoder-weights laion2b_s32b_b82k=FILE"),
-        (["--data", "SCENES", "--model", "paper", "--sam2", "empty.pt"], "beit3_large_patch16_224.pth"),
-        (["--data", "SCENES", "--model", "paper", "--sam2", "empty.pt", "--encoder-weights", "empty.pt"], "beit3.spm"),
-        (["--data", "SCENES", "--model", "base", "--sam2", "empty.pt", "--encoder", "ViT-B-32"], "--encoder-weights"),
-        (
-            [
-                "--data",
-                "SCENES",
-                "--model",
-                "base",
-                "--sam2",
-                "empty.pt",
-                "--encoder",
-                "RN50",
-                "--encoder-weights",
-                "openai",
-            ],
-            "own ViT",
-        ),
-        (["--data", "SCENES", "--model", "tiny", "--encoder", "ViT-B-32"], "union encoder of its own"),
-        (["--data", "SCENES", "--model", "tiny", "--image-size", "100"], "multiple of 32"),
-        (["--data", "SCENES", "--model", "tiny", "--sam2", "none.pt"], "no weights file at none.pt"),
-        (["--data", "SCENES", "--model", "tiny", "--sam2", "empty.pt", "--from-scratch"], "from scratch reads no weights"),
-        (["--data", "SCENES", "--model", "tiny", "--encoder-weights", "empty.pt"], "from scratch reads no weights"),
-        (["--data", "SCENES", "--model", "tiny", "--sam2", "empty.pt", "--encoder-weights", "empty.pt"], "no encoder weights"),
-        (["--data", "SCENES", "--model", "paper", "--from-scratch", "--encoder-weights", "x"], "can't start from scratch"),
-        (["--data", "SCENES", "--model", "tiny", "--image-size", "8192"], "up to 4096"),
-        (["--data", "SCENES", "--model", "tiny", "--encoder-size", "8192"], "up to 4096"),
-        (["--resume", "nowhere"], "nothing to resume"),
+        ("--data nowhere", "no folder nowhere"),
+        ("--data RRSIS-D", "refs(unc).p"),  # shows the expected layout
+        ("--data EMPTY", "refs(unc).p"),
+        ("--gpus 99", "use --gpus 0"),
+        ("--gpus 3 --model tiny", "3 CUDA cards"),
+        ("--accumulate 3", "a batch of 8 can't be divided evenly by 1 process with --accumulate 3: make --batch-size a"),
+        ("--set lrr=1", "--set lrr=1: write name=value, where name is one of sam2, encoder,"),
+        ("--set lr", "--set lr: write name=value"),
+        ("--set lr=fast", "lr is of kind float"),
+        ("--set image_size=1e3", "image_size is of kind int"),
+        ("--set losses.dyce=1", "dyce"),
+        ("--data SCENES --set image_size=100", "multiple of 32"),
+        ("--data SCENES --set image_size=8192", "4096"),
+        ("--data SCENES --model large", "laion2b_s32b_b82k=FILE"),  # says how to name a local file
+        ("--data SCENES --model large --sam2 none.pt", "no weights file at none.pt"),
+        ("--data SCENES --model paper --from-scratch", "can't start from scratch"),
+        ("--data SCENES --model tiny --sam2 EMPTY.pt --from-scratch", "from scratch reads no weights"),
+        ("--resume nowhere", "nothing to resume"),
+        ("--init nowhere.pt", "no checkpoint at nowhere.pt"),
+        ("--init RUN/best.pt --model tiny", "--model and --init exclude each other"),
+        ("--init RUN/best.pt --set reduction=2", "the checkpoint of --init fixes the network; image_size alone"),
+        ("--resume RUN --seed 1", "--seed can't be changed by --resume"),
+        ("--resume RUN --set image_size=96", "--resume can change lr alone"),
+        ("--resume RUN --set lr=1e-3 ema=0.5", "--resume can change lr alone"),
+        ("--resume RUN/best.pt", "holds weights alone"),
+        ("--data SCENES --out RUN", "holds another run: choose a new --out, or go on with it by --resume"),
     ],
 )
-def test_wrong_input_is_one_sentence_before_anything_long(args, expected, scenes, tmp_path, monkeypatch):
+def test_wrong_input_is_one_sentence_before_anything_long(args, expected, scenes, undisturbed, in_process, monkeypatch, capsys):
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
     monkeypatch.setattr(open_clip, "download_pretrained", no_network)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it trains"))
     Path("empty").mkdir()
     Path("empty.pt").touch()
-    args = [{"SCENES": str(scenes), "EMPTY": "empty"}.get(a, a) for a in args]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--gpus", "0", *args])  # in this process
-    with pytest.raises(train.ERRORS) as error:
-        train.main()
-    assert expected in str(error.value), error.value
+    for name, path in (("SCENES", scenes), ("EMPTY", "empty"), ("RUN", undisturbed)):
+        args = args.replace(name, str(path))
+    with pytest.raises(SystemExit) as end:
+        train.main((args if "--gpus" in args or "--resume" in args else f"{args} --gpus 0").split())
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.err.startswith("train.py: ") and expected in printed.err and not printed.out
+    assert printed.err.count("\n") == 1 or "--data" in args and "SCENES" not in args
     assert not Path("runs").exists()
 
 
-def test_wrong_input_ends_with_exit_code_2(tmp_path):
-    assert run("train.py", "--data", "nowhere", cwd=tmp_path, code=2).startswith("train.py: There is no folder nowhere")
-    assert "is not an integer of 1 or more" in run("train.py", "--epochs", "0", cwd=tmp_path, code=2)
+def test_resume_takes_a_new_learning_rate_and_what_changes_no_result(undisturbed, monkeypatch):
+    args, checkpoint = train.parse(["--resume", str(undisturbed), "--set", "lr=1e-5", "--epochs", "5", "--workers", "1"])
+    _, recipe = train.resolve(args, checkpoint)
+    stored = stored_recipe(checkpoint)
+    assert stored.lr == 1.4e-3 and stored.epochs == 2 and recipe == replace(stored, lr=1e-5, epochs=5)
+    assert (args.workers, args.model, args.out, args.gpus) == (1, "tiny", undisturbed, 0)
 
 
-def test_evaluate_s_errors(tmp_path):
-    assert "no checkpoint at best.pt" in run("evaluate.py", cwd=tmp_path, code=2)
-
-
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py", "scenes.py"])
-def test_help(script, tmp_path):
-    assert "usage" in run(script, "--help", cwd=tmp_path)
+def test_help_and_numbers(capsys):
+    for arguments, code, told in (("--help", 0, "python train.py --resume runs/"), ("--epochs 0", 2, "an integer of 1")):
+        with pytest.raises(SystemExit) as end:
+            train.command_line().parse_args(arguments.split())
+        printed = capsys.readouterr()
+        assert end.value.code == code and told in printed.out + printed.err

@@ -1,0 +1,347 @@
+"""What surrounds a run, by itself: files written whole, signals, processes and their end, devices, averaged weights."""
+
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from runtime import devices, processes, run_folder
+from runtime.arguments import at_least
+from runtime.averaging import AveragedWeights
+from runtime.errors import UserError, exit_on_user_error
+from runtime.files import file_bytes
+from runtime.signals import StopSignal, ignore_signals
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------------
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class FullAfter:
+    """A file on a disk with so many bytes left."""
+
+    def __init__(self, file, left: int):
+        self.file, self.left = file, left
+
+    def write(self, data) -> int:
+        self.left -= len(data)
+        return self.file.write(data) if self.left >= 0 else no_room()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("where", ["the file", "a checkpoint", "fsync", "replace"])
+def test_a_file_is_replaced_whole_or_not_at_all(where, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    run_folder.write_checkpoint(path, {"x": 1})
+    if where in ("fsync", "replace"):
+        monkeypatch.setattr(os, where, no_room)
+    left = {"the file": 0, "a checkpoint": 4096}.get(where, 1e9)
+
+    def write(file):  # torch's zip writer makes an error of its own of the file's
+        file = FullAfter(file, left)
+        torch.save({"x": torch.zeros(9000)}, file) if left else file.write(b"x")
+
+    with pytest.raises(UserError, match=r"last.pt can't be written \(No space left on device\): make room .* untouched$") as e:
+        run_folder.write_whole(path, write)
+    assert e.value.exit_code == 1
+    assert torch.load(path, weights_only=True) == {"x": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_other_errors_stay_what_they_are_and_leave_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_folder.write_whole(tmp_path / "x", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="Is a directory"):
+        run_folder.write_whole(tmp_path, lambda file: file.write(b""))
+
+
+def test_a_run_s_folder(tmp_path):
+    folder = run_folder.RunFolder(tmp_path / "runs" / "1")
+    assert not folder.taken()
+    folder.make()
+    (folder.path / "last.pt.part").touch()  # of a killed run
+    folder.make()
+    assert not list(folder.path.iterdir())
+    folder.save({"x": 1}, [])
+    assert folder.taken() and [p.name for p in folder.path.iterdir()] == ["last.pt"]
+    folder.save({"x": 2}, [{"epoch": 1}, {"epoch": 2}])
+    assert (folder.path / "log.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't be written .*choose another --out") as error:
+        run_folder.RunFolder(tmp_path / "file" / "run").make()
+    assert error.value.exit_code == 1
+
+
+def test_the_link_never_replaces_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in ("1", "2"):
+        folder = run_folder.RunFolder(Path("runs") / number)
+        folder.make()
+        folder.save_best({"run": number})
+        assert Path("best.pt").is_symlink() and Path("best.pt").resolve() == folder.best.resolve()
+    Path("best.pt").unlink()
+    Path("best.pt").write_text("mine")
+    run_folder.link_best(folder.best)
+    assert Path("best.pt").read_text() == "mine" and "stays as it is" in capsys.readouterr().out
+    Path("best.pt").unlink()
+    monkeypatch.setattr(Path, "symlink_to", no_room)  # a file system without links: the run goes on
+    run_folder.link_best(folder.best)
+    assert "can't be linked here (No space left on device); this run's best is runs/2/best.pt" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
+
+
+def test_free_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.free_run("/data/RRSIS-D/", "large") == Path("runs/RRSIS-D-large-1")
+    Path("runs/RRSIS-D-large-1").mkdir(parents=True)
+    assert run_folder.free_run("RRSIS-D", "large") == Path("runs/RRSIS-D-large-2")
+    for expected in ("a.png", "a-2.png", "a-3.png"):
+        assert run_folder.free_path(Path("a.png")) == Path(expected)
+        Path(expected).touch()
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    assert file_bytes(tmp_path / "file") == b"x"
+    os.mkfifo(tmp_path / "pipe")
+    for odd in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="it is no regular file"):
+            file_bytes(odd)
+
+
+# ---- errors, numbers, devices -----------------------------------------------------------------------------------------------
+
+
+def test_a_user_error_is_one_sentence_and_its_exit_code(capsys):
+    for code in (1, 2):
+        with pytest.raises(SystemExit) as end, exit_on_user_error("train.py"):
+            raise UserError("the disk is full: make room", exit_code=code)
+        assert end.value.code == code and capsys.readouterr().err == "train.py: the disk is full: make room\n"
+    worker = "Caught UserError in DataLoader worker process 0.\nTraceback:\nruntime.errors.UserError: Sample 3 is broken.\n"
+    assert str(UserError(worker)) == "Sample 3 is broken."
+
+
+def test_numbers_of_a_command_line():
+    assert at_least(int, 1)("3") == 3 and at_least(float, 0)("0") == 0
+    for kind, text, told in ((int, "0", "an integer of 1"), (int, "x", "an integer"), (float, "nan", "a number of 1")):
+        with pytest.raises(Exception, match=f"'{text}' is not {told}"):
+            at_least(kind, 1)(text)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices.pick_device(None) == devices.pick_device(0) == torch.device("cpu")
+    with pytest.raises(UserError, match="99 CUDA cards are asked for and this machine has 0: use --gpus 0"):
+        devices.pick_device(99)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 CUDA cards are asked for and this machine has 2: use --nproc-per-node 2"):
+        devices.pick_device(None)
+    assert devices.pick_device(0) == torch.device("cpu")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert devices.default_workers() == 8
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert devices.default_workers() == 2  # four processes share the cores
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_compiler():
+    def backend(*_):
+        raise RuntimeError("Failed to find\n C compiler")
+
+    torch.compile(torch.sin, backend=backend)(torch.ones(1))
+
+
+@pytest.mark.parametrize("fail, told", [
+    (out_of_memory, "the card's memory is full: raise --accumulate, try --checkpoint-activations or a smaller"),
+    (no_compiler, r"torch.compile failed \(.*Failed to find C compiler.*\): install what .* TORCH_COMPILE_DISABLE=1 in the"),
+])  # fmt: skip
+def test_what_fails_on_a_card_alone_is_one_sentence(fail, told):
+    with pytest.raises(UserError, match=told) as error, devices.card_failures():
+        fail()
+    assert error.value.exit_code == 1
+
+
+# ---- signals ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stop():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop = StopSignal()
+    stop.watch()
+    yield stop
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_waits_for_the_end_of_what_is_deferred(stop, number, code):
+    finished = False
+    with pytest.raises(SystemExit) as end:
+        with stop.deferred():
+            os.kill(os.getpid(), number)
+            finished = True
+        pytest.fail("it goes on")
+    assert end.value.code == code and finished and stop.number == number
+    # the launcher hands on what the terminal has sent already: what ends is not disturbed in saying so
+    os.kill(os.getpid(), number)
+
+
+def test_a_signal_elsewhere_ends_at_once(stop):
+    with stop.deferred():
+        pass
+    with pytest.raises(SystemExit) as end:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
+    assert end.value.code == 143
+
+
+def test_an_error_within_what_is_deferred(stop):
+    """A UserError is said all the same, but not that a collective broke as torchrun stops the processes."""
+    with pytest.raises(UserError), stop.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise UserError("the loss became nan")
+    with pytest.raises(SystemExit), stop.deferred():
+        raise RuntimeError("Connection closed by peer")
+    stop.number = 0
+    with pytest.raises(RuntimeError), stop.deferred():
+        raise RuntimeError("a fault")
+
+
+def test_workers_leave_signals_to_the_process_that_trains(stop):
+    ignore_signals(0)
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+# ---- processes --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_batch_divides_by_processes_and_parts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for most, batch, parts, expected in ((4, 8, 1, 4), (4, 6, 1, 3), (4, 8, 4, 2), (4, 7, 1, 1), (1, 8, 1, 1), (9, 8, 1, 4)):
+        assert processes.processes_for(None, most, batch, parts) == expected
+    assert processes.processes_for(0, 4, 8, 2) == 1 and processes.processes_for(4, 1, 8, 2) == 4
+    with pytest.raises(UserError, match="a batch of 6 .* 4 processes with --accumulate 1: make --batch-size a multiple of 4"):
+        processes.processes_for(4, 1, 6, 1)
+    with pytest.raises(UserError, match="a batch of 9 .* by 1 process with --accumulate 2: .* multiple of 2"):
+        processes.processes_for(None, 4, 9, 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(processes, "world_size", lambda: 3)
+    assert processes.launched() and processes.processes_for(0, 1, 6, 2) == 3
+    with pytest.raises(UserError, match="a batch of 8 .* by 3 processes"):
+        processes.processes_for(None, 4, 8, 1)
+
+
+FAIL = """
+import atexit, os, signal, sys, time
+from pathlib import Path
+from runtime.processes import gather, process_group, rank, world_size
+from runtime.signals import StopSignal
+
+how, stop = sys.argv[1], StopSignal()
+stop.watch()
+stop.farewell = "farewell"
+with process_group():
+    Path(f"pid{rank()}").write_text(str(os.getpid()))
+    assert gather(rank()) == [0, 1] and world_size() == 2
+    print("printed once")
+    gather(None)
+    if how == "terminated":
+        with stop.deferred():
+            if rank():
+                os.kill(os.getppid(), signal.SIGTERM)
+            while not stop.number:
+                time.sleep(0.1)
+            print("the step is finished", file=sys.stderr)
+            gather(None)
+    if rank():
+        if how == "killed":
+            os.kill(os.getpid(), 9)
+        atexit.register(os.abort)  # what threads of a process group that is left standing do now and then
+        raise ValueError("something unforeseen")
+    gather(None)  # waits for rank 1
+"""
+
+
+@pytest.mark.parametrize(
+    "how, code, says, not_said",
+    [
+        ("killed", 137, "the process of rank 1 was killed by SIGKILL, and the others were stopped\n", "Traceback"),
+        ("unforeseen", 1, "ValueError: something unforeseen\n", "closed by peer"),
+        ("terminated", 143, "the step is finished\nthe step is finished\n", "process of rank"),
+    ],
+)
+def test_the_end_of_one_process_is_the_end_of_all_and_said_once(how, code, says, not_said, tmp_path):
+    """`launch` in a child of this process, which need not import torch again."""
+    (tmp_path / "fail.py").write_text(FAIL)
+    if not (launcher := os.fork()):
+        ended = 99
+        try:
+            os.chdir(tmp_path)
+            os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+            sys.argv, sys.modules["__main__"].__spec__, sys.stderr = ["fail.py", how], None, open(2, "w")
+            processes.launch(2)
+        except SystemExit as end:
+            ended = end.code
+        finally:
+            sys.stderr.flush()
+            os._exit(ended)
+    ended = os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1])
+    out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+    assert ended == code and err.count(says) == 1 and not_said not in err, err
+    assert out == "printed once\n" + "\nfarewell\n" * (how == "terminated")
+    for number in (0, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / f"pid{number}").read_text()), 0)
+
+
+# ---- averaged weights -------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_the_moving_average():
+    model = nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    average = AveragedWeights(model, decay=0.1)
+    first = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    average.update()  # the first step: decay 1 / 11
+    torch.testing.assert_close(average.mean, {"weight": first / 11 + (first + 1) * 10 / 11})
+    average.update()  # then 0.1, as 2 / 12 is more
+    expected = 0.1 * (first + 10 / 11) + 0.9 * (first + 1)
+    torch.testing.assert_close(average.mean["weight"], expected)
+    live = model.weight.detach().clone()
+    average.swap()
+    torch.testing.assert_close(model.weight.detach(), expected)
+    average.swap()
+    assert torch.equal(model.weight, live)
+    other = AveragedWeights(model, decay=0.1)
+    other.load_state_dict(average.state_dict())
+    assert other.steps == 2 and torch.equal(other.mean["weight"], average.mean["weight"])
+
+
+def test_without_decay_there_is_no_average():
+    model = nn.Linear(2, 1)
+    average = AveragedWeights(model, decay=0)
+    before = model.weight.detach().clone()
+    average.update(), average.swap()
+    assert not average.mean and torch.equal(model.weight, before)
