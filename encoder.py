@@ -15,6 +15,7 @@ encoder of the paper. Letters: B batch, L text tokens, N all tokens, W width, P 
 import open_clip
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 from fusion import CrossAttention
@@ -138,8 +139,6 @@ class BEiT3Tokenizer:
     PAD = UNK = 3
 
     def __init__(self, model: bytes, context: int = 1022):
-        from sentencepiece import SentencePieceProcessor  # needed by nothing else
-
         self.model, self.context = model, context
         try:
             self.pieces = SentencePieceProcessor(model_proto=model)
