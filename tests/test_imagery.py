@@ -1,18 +1,18 @@
 """Images of any kind: what is read, what is refused and how; tiles; georeferenced files, their masks and polygons; pictures."""
 
-import io
 import json
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from imagery import raster, tiles
+from imagery import raster
 from imagery.pictures import captioned, fitted, grid, lit, outlined
 from imagery.pixels import read_image, resize_image
 from imagery.raster import NODATA, PlainImage, RasterFile, as_scene, open_scene
@@ -20,6 +20,7 @@ from imagery.results import MaskResult, ReducedMask, overlay, slug, stems
 from imagery.tiles import CoarseMask, at_size, blend, starts, tiled_rows
 from runtime.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
 rng = np.random.default_rng(0)
 RGBA = rng.integers(0, 256, (40, 30, 4), dtype=np.uint8)
 RGB = RGBA[..., :3]
@@ -31,104 +32,102 @@ def save(path, image, **options):
     return path
 
 
-def test_common_images_are_read_as_those_of_data_sets_and_rarer_ones_too(tmp_path):
+def refused(path, sentence, bands=None):
+    """The file is refused in one sentence that names it."""
+    with pytest.raises(UserError, match=sentence) as error:
+        open_scene(path, bands)
+    assert path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def clear(image, rows, alpha=255):
+    """The image (H, W, 3) with an alpha channel that is 0 in the first rows."""
+    image = np.dstack([image, np.full(image.shape[:2], alpha, np.uint8)])
+    image[:rows, :, 3] = 0
+    return image
+
+
+def stretched(bands, valid=True):
+    """Bands (C, H, W) from the 2nd to the 98th percentile of what is valid (H, W)."""
+    low, high = np.percentile(bands[:, np.broadcast_to(valid, bands.shape[1:])], (2, 98), axis=1)[..., None, None]
+    return np.clip((bands.astype(float) - low) / (high - low) * 255, 0, 255)
+
+
+def check(scene, kind, bands, valid=None, within=0):
+    """The scene has these pixels (3, H, W), black where they are not valid (H, W), and its windows are parts of it."""
+    seen = scene.read_all()
+    assert type(scene) is kind and seen.dtype == np.uint8 and seen.shape == (*bands.shape[1:], 3)
+    expected = np.where(True if valid is None else valid, bands, 0.0).transpose(1, 2, 0)
+    assert np.abs(seen - expected).max() <= within and np.array_equal(scene.read(13, 14, 5, 6), seen[13:18, 14:20])
+    for top, height in ((0, scene.height), (5, 20)):
+        found = scene.valid(top, height)
+        assert found is None if valid is None else np.array_equal(found, valid[top : top + height])
+
+
+def test_plain_images(tmp_path):
     for name in ("a.jpg", "a.png", "a.tif", "a.bmp", "a.webp"):
-        scene = open_scene(save(tmp_path / name, RGB))
-        assert type(scene) is PlainImage and scene.valid(0, 40) is None
-        assert np.array_equal(scene.read_all(), read_image(tmp_path / name))
-        assert np.array_equal(scene.read(3, 4, 5, 6), scene.read_all()[3:8, 4:10])
-    grey = open_scene(save(tmp_path / "l.png", RGB[..., 0])).read_all()
-    assert np.array_equal(grey, np.repeat(RGB[..., :1], 3, axis=2))
-    assert set(np.unique(open_scene(save(tmp_path / "1.png", Image.fromarray(RGB[..., 0] > 128))).read_all())) == {0, 255}
-    palette = Image.fromarray(RGB).quantize(16)
-    assert np.array_equal(open_scene(save(tmp_path / "p.png", palette)).read_all(), np.asarray(palette.convert("RGB")))
-    for name, options in (("c.jpg", {"quality": 95}), ("c.tif", {})):
-        cmyk = open_scene(save(tmp_path / name, Image.fromarray(SMOOTH).convert("CMYK"), **options)).read_all()
-        assert np.abs(cmyk.astype(int) - SMOOTH).mean() < 6
-
-
-def test_where_alpha_is_zero_there_is_no_data(tmp_path):
+        check(open_scene(save(tmp_path / name, RGB)), PlainImage, read_image(tmp_path / name).transpose(2, 0, 1))
+    path, bands, palette = tmp_path / "a.png", RGB.transpose(2, 0, 1), Image.fromarray(RGB).quantize(16)
+    deep = np.linspace(1000, 3000, 1200).reshape(1, 40, 30).astype(np.uint16)  # black, were it divided by 256
+    for image, expected, valid, within in (
+        (RGB[..., 0], bands[[0, 0, 0]], None, 0), (deep[0], stretched(deep[[0, 0, 0]]), None, 1),
+        (Image.fromarray(RGB[..., 0] > 128), (bands[[0, 0, 0]] > 128) * 255, None, 0),
+        (palette, np.asarray(palette.convert("RGB")).transpose(2, 0, 1), None, 0),
+        (clear(RGB, 10, 128), bands, clear(RGB, 10)[..., 3] > 0, 0),
+    ):  # fmt: skip
+        check(open_scene(save(path, image)), PlainImage, expected, valid, within)
+        check(scene := as_scene(Image.open(path)), PlainImage, expected, valid, within)
+    with scene.mask_file(path) as file:  # of the last one, in which rows have no data
+        file.write(0, np.where(valid, 255, NODATA).astype(np.uint8))
+    assert np.array_equal(np.asarray(Image.open(path)), valid * np.uint8(255))
     assert as_scene(Image.fromarray(RGBA).convert("La")).read_all().shape == (40, 30, 3)
-    pixels = RGBA.copy()
-    pixels[..., 3] = 128
-    pixels[:10, :, 3] = 0
-    for scene in (open_scene(save(tmp_path / "a.png", pixels)), as_scene(Image.fromarray(pixels))):
-        assert (scene.read_all()[:10] == 0).all() and np.array_equal(scene.read_all()[10:], RGB[10:])
-        assert not scene.valid(0, 10).any() and scene.valid(10, 30).all()
-    with scene.mask_file(tmp_path / "mask.png") as file:
-        file.write(0, np.where(scene.valid(0, 40), 255, NODATA).astype(np.uint8))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "mask.png")), scene.valid(0, 40) * np.uint8(255))
-
-
-def test_sixteen_bits_and_floats_are_stretched(tmp_path):
-    heights = np.linspace(0, 1, 1200, dtype=np.float32).reshape(40, 30)
-    heights[3, 4] = np.nan
-    scene = as_scene(Image.fromarray(heights))
-    assert scene.read_all()[3, 4, 0] == 0 and 120 < np.median(scene.read_all()) < 135
-    assert np.array_equal(scene.valid(0, 40), np.isfinite(heights))  # as a RasterFile has it
-    values = np.linspace(1000, 3000, 1200).reshape(40, 30).astype(np.uint16)  # black, were they divided by 256
-    assert cv2.imwrite(str(tmp_path / "g.png"), values)
-    grey = open_scene(tmp_path / "g.png").read_all()
-    expected = np.clip((values - 1040.0) / 1920 * 255, 0, 255)  # from the 2nd to the 98th percentile
-    assert np.abs(grey[..., 0] - expected).max() < 1.5 and (grey[..., :1] == grey).all()
-    assert np.array_equal(as_scene(Image.open(tmp_path / "g.png")).read_all(), grey)
-    pytest.importorskip("rasterio")  # for colours, of which Pillow keeps 8 bits
-    assert cv2.imwrite(str(tmp_path / "c.png"), np.stack([values // 4, values // 2, values], axis=2))
-    assert np.abs(open_scene(tmp_path / "c.png").read_all() - expected[..., None]).max() < 2
+    heights = np.linspace(0, 1, 1200, dtype=np.float32).reshape(1, 40, 30)
+    heights[0, 3, 4] = np.nan
+    valid = np.isfinite(heights[0])
+    check(as_scene(Image.fromarray(heights[0])), PlainImage, stretched(heights[[0, 0, 0]], valid), valid, 1)
+    for name in ("c.jpg", "c.tif"):
+        cmyk = save(tmp_path / name, Image.fromarray(SMOOTH).convert("CMYK"))
+        check(open_scene(cmyk), PlainImage, SMOOTH.transpose(2, 0, 1), within=16)
+    save(path, RGB)
+    check(open_scene(path, (3, 2, 1)), PlainImage, bands[::-1])
+    check(open_scene(path, (2,)), PlainImage, bands[[1, 1, 1]])
+    for wrong in ((4, 2, 1), (0,), (1, 2)):
+        refused(path, "3 bands", wrong)
+    assert PlainImage(np.full((3, 5000, 3), 77, np.uint8)).overview.shape == (1, 2048, 3)
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
-@pytest.mark.parametrize("turn", range(1, 9))
-def test_the_exif_orientation_is_obeyed(tmp_path, turn, kind):
-    image = Image.fromarray(SMOOTH)
-    exif = image.getexif()
-    exif[0x0112] = turn
-    path = save(tmp_path / f"a.{kind}", image, exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).astype(int)
-    assert np.abs(open_scene(path).read_all() - expected).max() < 4
-    assert np.abs(as_scene(Image.open(path)).read_all() - expected).max() < 4
+def test_the_exif_orientation_is_obeyed(tmp_path, kind):
+    exif = Image.Exif()
+    for turn in range(1, 9):
+        exif[ExifTags.Base.Orientation] = turn
+        path = save(tmp_path / f"a.{kind}", SMOOTH, exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).astype(int)
+        for scene in (open_scene(path), as_scene(Image.open(path))):
+            assert np.abs(scene.read_all() - expected).max() < 4
 
 
 def test_what_is_no_image_is_said_in_one_sentence(tmp_path):
-    frames = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
-    jpeg = io.BytesIO()
-    Image.fromarray(RGB).save(jpeg, "JPEG")
-    cases = {"none.png": None, "zero.png": b"", "zero.tif": b"", "text.jpg": b"hello", "text.tif": b"hello",
-             "cut.jpg": jpeg.getvalue()[:400], "cut.png": save(tmp_path / "x.png", RGB).read_bytes()[:500]}  # fmt: skip
-    said = {"none.png": "no image", "zero.png": "empty", "zero.tif": "empty", "text.jpg": "can't be read"}
-    for name, content in cases.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=said.get(name, name)) as error:
-            open_scene(tmp_path / name)
-        assert name in str(error.value) and "\n" not in str(error.value)
+    jpeg, png = (save(tmp_path / f"whole.{kind}", RGB).read_bytes() for kind in ("jpg", "png"))
+    for name, content, sentence in (
+        ("zero.png", b"", "empty"), ("zero.tif", b"", "empty"), ("cut.jpg", jpeg[:400], "can't be read"),
+        ("cut.png", png[:500], "can't be read"), ("text.jpg", b"hello", "no image"), ("text.tif", b"hello", "read"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, sentence)
+    for path in (tmp_path / "none.png", tmp_path):
+        refused(path, "no image")
     for name in ("a.gif", "a.png", "a.webp"):
-        with pytest.raises(UserError, match="animation of 2 frames"):
-            open_scene(save(tmp_path / name, frames[0], save_all=True, append_images=frames[1:]))
-    with pytest.raises(UserError, match="no image"):
-        open_scene(tmp_path)
-
-
-def test_bands_and_overview_of_a_plain_image(tmp_path):
-    path = save(tmp_path / "a.png", RGB)
-    assert np.array_equal(open_scene(path, (3, 2, 1)).read_all(), RGB[..., ::-1])
-    assert np.array_equal(open_scene(path, (2,)).read_all(), RGB[..., [1, 1, 1]])
-    for bands in ((4, 2, 1), (0,), (1, 2)):
-        with pytest.raises(UserError, match="3 bands"):
-            open_scene(path, bands)
-    assert open_scene(save(tmp_path / "a.png", np.full((3, 5000, 3), 77, np.uint8))).overview.shape == (1, 2048, 3)
+        film = save(tmp_path / name, RGB, save_all=True, append_images=[Image.fromarray(RGB[::-1])])
+        refused(film, "animation of 2 frames")
 
 
 def test_without_rasterio_a_geotiff_is_one_sentence_and_a_plain_tiff_works(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rasterio", None)
     assert np.array_equal(open_scene(save(tmp_path / "plain.tif", RGB)).read_all(), RGB)
-    geo = save(tmp_path / "geo.tif", RGB, tiffinfo={33550: (1.0, 1.0, 0.0)})
-    deep, bits = tmp_path / "deep.tif", tmp_path / "bits.png"
-    assert cv2.imwrite(str(deep), RGB.astype(np.uint16)) and cv2.imwrite(str(bits), RGB.astype(np.uint16))
-    for path in (geo, deep, bits):
-        with pytest.raises(UserError, match="pip install rasterio") as error:
-            open_scene(path)
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    refused(save(tmp_path / "geo.tif", RGB, tiffinfo={33550: (1.0, 1.0, 0.0)}), "pip install rasterio")
+    for name in ("deep.tif", "deep.png"):
+        assert cv2.imwrite(str(tmp_path / name), RGB.astype(np.uint16))
+        refused(tmp_path / name, "pip install rasterio")
 
 
 class Look:
@@ -148,17 +147,15 @@ def red(image, phrase):
     return (image[0] - torch.maximum(image[1], image[2]) - 40) / 10
 
 
-def red_mask(image):
-    return red(torch.from_numpy(image).permute(2, 0, 1).float(), "").numpy() > 0
+def red_logits(image):
+    return red(torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32)), "").numpy()
 
 
 def whole(strips, shape):
     """Strips of rows put together; they must be consecutive and as wide as the scene."""
-    strips = [(top, rows.copy()) for top, rows in strips]
-    heights = [len(rows) for _, rows in strips]
-    assert [top for top, _ in strips] == [sum(heights[:n]) for n in range(len(heights))]
-    logits = np.concatenate([rows for _, rows in strips])
-    assert logits.shape == shape
+    tops, rows = zip(*[(top, rows.copy()) for top, rows in strips])
+    logits = np.concatenate(rows)
+    assert [*tops, len(logits)] == [0, *np.cumsum([len(strip) for strip in rows])] and logits.shape == shape
     return logits
 
 
@@ -177,23 +174,19 @@ def test_blended_tiles_say_what_a_look_at_every_pixel_says(two, shape):
     image, look = two[0][120 : 120 + shape[0], : shape[1]], Look(red, 64)
     logits = whole(blend(look, PlainImage(image), "red", 64, batch=3), shape)
     if min(shape) >= 64:  # tiles are not resized: right to rounding
-        assert np.allclose(logits, red(torch.from_numpy(image.copy()).permute(2, 0, 1).float(), ""), atol=1e-3)
-    assert ((logits > 0) == red_mask(image)).mean() > 0.98
-    assert max(look.seen) <= 3
+        assert np.allclose(logits, red_logits(image), atol=1e-3)
+    assert ((logits > 0) == (red_logits(image) > 0)).mean() > 0.98 and max(look.seen) <= 3
 
 
-def test_tiles_overlap_and_leave_no_seams(monkeypatch):
+def test_tiles_overlap_and_leave_no_seams():
     """A model that finds all of its image but a border of 6 pixels, where it sees objects cut off."""
     for length in (1, 63, 64, 65, 112, 113, 1000, 20_000):
         first = starts(length, 64)
         assert first[0] == 0 and first[-1] == max(0, length - 64) and len(first) <= 2 + length / 48
         assert all(0 < step <= 49 for step in np.diff(first))  # a quarter of 64, to a pixel
-    look = Look(lambda image, phrase: F.pad(torch.ones(52, 52), (6, 6, 6, 6), value=-1.0), 64)
-    image = np.zeros((200, 300, 3), np.uint8)
-    inside = (slice(6, -6), slice(6, -6))
-    assert (whole(blend(look, PlainImage(image), "", 64, batch=8), (200, 300))[inside] > 0).all()
-    monkeypatch.setattr(tiles, "window", lambda length: np.ones(length, np.float32))  # a plain mean has seams
-    assert (whole(blend(look, PlainImage(image), "", 64, batch=8), (200, 300))[inside] > 0).mean() < 0.9
+    look = Look(lambda *_: F.pad(torch.ones(52, 52), (6, 6, 6, 6), value=-1.0), 64)  # of which a plain mean has seams
+    scene = PlainImage(np.zeros((200, 300, 3), np.uint8))
+    assert (whole(blend(look, scene, "", 64, batch=8), (200, 300))[6:-6, 6:-6] > 0).all()
 
 
 def test_the_coarse_grid_is_enlarged_as_the_model_s_logits_are():
@@ -209,25 +202,27 @@ def sided(image, phrase):
     """Redness in the half of the image that the phrase names: what a model that reads position words does."""
     logits = red(image, phrase)
     half = logits.shape[1] // 2
-    if "left" in phrase:
-        logits[:, half:] = -20
-    if "right" in phrase:
-        logits[:, :half] = -20
+    for word, other in (("left", slice(half, None)), ("right", slice(half))):
+        if word in phrase:
+            logits[:, other] = -20
     return logits
+
+
+def tiled(answer, image, phrase, tile=128, tiling="scene"):
+    """The mask of an image of 512 x 512, found in tiles."""
+    return whole(tiled_rows(Look(answer, 32), PlainImage(image), phrase, tile, tiling, 8), (512, 512)) > 0
 
 
 def overlap(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_position_words_refer_to_the_scene(two, side):
+def test_position_words_refer_to_the_scene(two):
     image, *shapes = two
-    look, phrase = Look(sided, 32), f"the red one on the {('left', 'right')[side]}"
-    mask = whole(tiled_rows(look, PlainImage(image), phrase, 128, "scene", 8), (512, 512)) > 0
-    assert overlap(mask, shapes[side]) > 0.85 and not (mask & shapes[1 - side]).any()
-    alone = whole(tiled_rows(look, PlainImage(image), phrase, 128, "independent", 8), (512, 512)) > 0
-    assert (alone & shapes[1 - side]).any()  # what each tile's own left and right would pick
+    for side, shape, other in (("left", *shapes), ("right", *shapes[::-1])):
+        mask = tiled(sided, image, side)
+        assert overlap(mask, shape) > 0.85 and not (mask & other).any()
+        assert (tiled(sided, image, side, tiling="independent") & other).any()  # what each tile's own left and right picks
 
 
 def test_tiles_refine_the_coarse_outline_or_leave_it(two):
@@ -237,44 +232,32 @@ def test_tiles_refine_the_coarse_outline_or_leave_it(two):
         logits = red(image, phrase)
         return logits if (logits > 0).float().mean() < 0.07 else torch.full_like(logits, -20)
 
-    scene = PlainImage(image)
-    coarse = at_size(Look(red, 32)([scene.overview], ["red"]), (512, 512)) > 0  # 16 pixels a cell, in tiles 4 and 2
-    refined = whole(tiled_rows(Look(red, 32), scene, "red", 128, "scene", 8), (512, 512)) > 0
-    assert overlap(refined, left | right) > overlap(coarse, left | right) + 0.02
-    left_alone = whole(tiled_rows(Look(far, 32), scene, "red", 64, "scene", 8), (512, 512)) > 0
-    assert overlap(coarse, left | right) > 0.7 and overlap(left_alone, coarse) > 0.9
+    coarse = at_size(Look(red, 32)([image], ["red"]), (512, 512)) > 0  # 16 pixels a cell, in tiles 4 and 2
+    assert overlap(tiled(red, image, "red"), left | right) > overlap(coarse, left | right) + 0.02
+    assert overlap(coarse, left | right) > 0.7 and overlap(tiled(far, image, "red", 64), coarse) > 0.9
 
 
 def test_memory_is_a_band_and_only_tiles_that_matter_are_read(two):
     image, left, _ = two
-    reads, scene, look = [], PlainImage(image), Look(sided, 32)
-    read = scene.read
-    scene.read = lambda *box: reads.append(box) or read(*box)
-    for _, rows in tiled_rows(look, scene, "left", 64, "scene", 8):
-        assert len(rows) <= 64
-    assert 0 < len(reads) < 60  # of 121
-    for top, first, height, width in reads:
-        assert (height, width) == (64, 64)
-        grown = left[max(0, top - 64) : top + 128, max(0, first - 64) : first + 128]
-        assert grown.any()
-    look = Look(red, 32)  # nothing is red: the coarse pass alone
-    for _, rows in tiled_rows(look, PlainImage(image[:, :80]), "red", 64, "scene", 8):
+    scene, look = PlainImage(image), Look(red, 32)
+    scene.read = Mock(wraps=scene.read)
+    assert all(len(rows) <= 64 for _, rows in tiled_rows(Look(sided, 32), scene, "left", 64, "scene", 8))
+    assert 0 < scene.read.call_count < 60  # of 121
+    for top, first, *size in (call.args for call in scene.read.call_args_list):
+        assert size == [64, 64] and left[max(0, top - 64) : top + 128, max(0, first - 64) : first + 128].any()
+    for _, rows in tiled_rows(look, PlainImage(image[:, :80]), "red", 64, "scene", 8):  # nothing is red: the coarse pass alone
         assert not (rows > 0).any() and look.seen == [1]
 
 
 HERE = {"crs": "EPSG:32633", "transform": (0.5, 0, 399_960, 0, -0.5, 5_800_020)}  # UTM 33 north, half a metre
 
 
-def write_tiff(path, bands, crs="EPSG:32633", transform=HERE["transform"], **options):
+def write_tiff(path, bands, crs=HERE["crs"], transform=HERE["transform"], **options):
     """bands (C, H, W) -> a tiled GeoTIFF."""
     rasterio = pytest.importorskip("rasterio")
-    count, height, width = bands.shape
-    colours = options.pop("colorinterp", None)
-    options = {"driver": "GTiff", "tiled": True, "blockxsize": 64, "blockysize": 64} | options
-    with rasterio.open(path, "w", height=height, width=width, count=count, dtype=bands.dtype, crs=crs,
-                       transform=transform and rasterio.Affine(*transform), **options) as file:  # fmt: skip
-        if colours:
-            file.colorinterp = colours
+    options = {"driver": "GTiff", "tiled": True, "blockxsize": 64, "blockysize": 64, "dtype": bands.dtype, "crs": crs} | options
+    options |= dict(zip(("count", "height", "width"), bands.shape)) | {"transform": transform and rasterio.Affine(*transform)}
+    with rasterio.open(path, "w", **options) as file:
         file.write(bands)
     return path
 
@@ -285,107 +268,72 @@ def ramps(count, height=300, width=200, kind=np.uint8, top=250):
     return np.stack([(x * (n + 1) + y) % 97 * (top / 97) for n in range(count)]).astype(kind)
 
 
-def test_windows_of_a_geotiff(tmp_path):
-    bands = ramps(5)
-    path = write_tiff(tmp_path / "a.tif", bands)
-    scene = open_scene(path)
-    assert type(scene) is RasterFile and scene.valid(0, 10) is None
-    assert np.array_equal(scene.read_all(), bands[:3].transpose(1, 2, 0))
-    assert np.array_equal(scene.read(250, 100, 50, 100), bands[:3, 250:, 100:].transpose(1, 2, 0))
-    assert np.array_equal(open_scene(path, (5, 4, 2)).read_all(), bands[[4, 3, 1]].transpose(1, 2, 0))
-    assert np.array_equal(open_scene(path, (4,)).read_all(), bands[[3, 3, 3]].transpose(1, 2, 0))
-    with pytest.raises(UserError, match="5 bands"):
-        open_scene(path, (6, 1, 2))
-    one = open_scene(write_tiff(tmp_path / "one.tif", bands[:1]))
-    assert np.array_equal(one.read_all(), bands[[0, 0, 0]].transpose(1, 2, 0))
+def test_geotiffs(tmp_path):
+    bands, deep = ramps(5), ramps(4, kind=np.uint16, top=4000)
+    deep[:, :100] = 0  # nodata: would pull the lower limit down
+    alpha = clear(bands[:3].transpose(1, 2, 0), 50).transpose(2, 0, 1)
+    floats, dark = ramps(3, kind=np.float32), np.zeros((3, 30, 30), np.uint16)
+    floats[:, 100:120, 100:120] = np.nan
+    infrared = {"photometric": "RGB", "alpha": "NO", "crs": None, "transform": None}
+    seen, finite = (deep[1:] != 0).any(axis=0), np.isfinite(floats[0])
+    for written, options, chosen, expected, valid, within in (
+        (bands, {}, None, bands[:3], None, 0), (bands, {}, (5, 4, 2), bands[[4, 3, 1]], None, 0),
+        (bands, {}, (4,), bands[[3, 3, 3]], None, 0), (bands[:1], {}, None, bands[[0, 0, 0]], None, 0),
+        (alpha, {"photometric": "RGB", "alpha": "YES"}, None, alpha[:3], alpha[3] > 0, 0),
+        (alpha, infrared, None, alpha[:3], None, 0),  # its fourth band is 0 over water
+        (deep, {"nodata": 0}, (4, 3, 2), stretched(deep[[3, 2, 1]], seen), seen, 1),
+        (dark, {"nodata": 0}, None, dark, dark[0] > 0, 0), (floats, {}, None, stretched(floats, finite), finite, 1),
+    ):  # fmt: skip
+        check(open_scene(write_tiff(tmp_path / "a.tif", written, **options), chosen), RasterFile, expected, valid, within)
+    refused(write_tiff(tmp_path / "a.tif", bands), "5 bands", (6, 1, 2))
+    refused(write_tiff(tmp_path / "a.tif", np.ones((1, 20, 20), np.complex64)), "complex")
 
 
-def test_a_plain_image_with_a_place_on_earth_or_other_bands_than_colours(tmp_path):
+def test_palettes_and_plain_images_with_more_than_pillow_reads(tmp_path):
     rasterio = pytest.importorskip("rasterio")
+    for kind, offset in ((np.uint8, 0), (np.uint16, 430)):
+        path = write_tiff(tmp_path / "p.tif", (which := ramps(1, kind=kind) % 3) + kind(offset), photometric="palette")
+        with rasterio.open(path, "r+") as file:
+            file.write_colormap(1, {offset + n: (*colour, 255) for n, colour in enumerate(255 * np.eye(3, dtype=int))})
+        check(open_scene(path), RasterFile, (which == np.arange(3)[:, None, None]) * 255)
     write_tiff(tmp_path / "a.jp2", ramps(3, 64, 64), driver="JP2OpenJPEG")
     save(tmp_path / "a.png", RGB)
     (tmp_path / "a.pgw").write_text("0.5\n0\n0\n-0.5\n399960.25\n5800019.75\n")
     for scene, crs in ((open_scene(tmp_path / "a.jp2"), HERE["crs"]), (open_scene(tmp_path / "a.png"), None)):
         assert type(scene) is RasterFile and scene.transform == rasterio.Affine(*HERE["transform"]) and scene.crs == crs
-    infrared = ramps(4)
-    infrared[3, :150] = 0  # water
-    scene = open_scene(write_tiff(tmp_path / "nir.tif", infrared, crs=None, transform=None, photometric="RGB", alpha="NO"))
-    assert np.array_equal(scene.read_all(), infrared[:3].transpose(1, 2, 0)) and scene.valid(0, 300) is None
-    grey = Image.fromarray(RGBA).convert("LA")
-    grey.putalpha(Image.fromarray(np.where(np.arange(40)[:, None] < 9, 0, np.full((40, 30), 255)).astype(np.uint8)))
-    scene = open_scene(save(tmp_path / "la.tif", grey))
-    assert not scene.valid(0, 9).any() and scene.valid(9, 31).all()
-
-
-def test_deep_bands_are_stretched_alike_in_every_window(tmp_path):
-    bands = ramps(4, kind=np.uint16, top=4000)
-    bands[:, :100] = 0  # nodata: would pull the lower limit down
-    scene = open_scene(write_tiff(tmp_path / "a.tif", bands, nodata=0), (4, 3, 2))
-    chosen = bands[[3, 2, 1]].transpose(1, 2, 0).astype(float)
-    low, high = np.percentile(chosen[100:].reshape(-1, 3), (2, 98), axis=0)
-    expected = np.clip((chosen - low) / (high - low) * 255, 0, 255)
-    valid = scene.valid(0, 300)
-    assert np.array_equal(valid, (chosen != 0).any(axis=2)) and not valid[:100].any()
-    assert (scene.read_all()[~valid] == 0).all()
-    assert np.abs(scene.read_all()[valid] - expected[valid]).max() <= 1
-    assert np.array_equal(scene.read(150, 20, 30, 40), scene.read_all()[150:180, 20:60])
-    assert np.array_equal(scene.valid(90, 20), valid[90:110])
-
-
-def test_other_masks_floats_and_palettes(tmp_path):
-    rasterio = pytest.importorskip("rasterio")
-    kinds = rasterio.enums.ColorInterp
-    bands = ramps(4)
-    bands[3] = 255
-    bands[3, :50] = 0
-    scene = open_scene(write_tiff(tmp_path / "alpha.tif", bands, photometric="RGB", alpha="YES"))
-    assert not scene.valid(0, 50).any() and scene.valid(50, 250).all() and (scene.read_all()[:50] == 0).all()
-    grey = open_scene(write_tiff(tmp_path / "la.tif", bands[[0, 3]], colorinterp=[kinds.gray, kinds.alpha]))
-    assert np.array_equal(grey.read_all()[50:], bands[[0, 0, 0], 50:].transpose(1, 2, 0))
-    assert not grey.valid(0, 50).any()
-    floats = ramps(3, kind=np.float32)
-    floats[:, 100:120, 100:120] = np.nan
-    scene = open_scene(write_tiff(tmp_path / "f.tif", floats))
-    assert np.array_equal(scene.valid(0, 300), np.isfinite(floats[0])) and scene.read_all().max() == 255
-    dark = open_scene(write_tiff(tmp_path / "dark.tif", np.zeros((1, 30, 30), np.uint16), nodata=0))
-    assert not dark.valid(0, 30).any() and (dark.read_all() == 0).all()
-    for kind, offset in ((np.uint8, 0), (np.uint16, 430)):
-        path = write_tiff(tmp_path / "p.tif", ramps(1, kind=kind) % 3 + kind(offset), photometric="palette")
-        with rasterio.open(path, "r+") as file:
-            file.write_colormap(1, {offset: (255, 0, 0, 255), offset + 1: (0, 255, 0, 255), offset + 2: (0, 0, 255, 255)})
-        scene = open_scene(path)
-        assert set(map(tuple, scene.read_all().reshape(-1, 3))) == {(255, 0, 0), (0, 255, 0), (0, 0, 255)}
-    with pytest.raises(UserError, match="complex"):
-        open_scene(write_tiff(tmp_path / "c.tif", np.ones((1, 20, 20), np.complex64)))
+    grey = Image.fromarray(clear(RGB, 9)).convert("LA")
+    bands = np.asarray(grey).transpose(2, 0, 1)
+    check(open_scene(save(tmp_path / "la.tif", grey)), RasterFile, bands[[0, 0, 0]], bands[1] > 0)
+    deep = np.linspace(1000, 3000, 1200).reshape(40, 30).astype(np.uint16) // np.array([[[1]], [[2]], [[4]]], np.uint16)
+    assert cv2.imwrite(str(tmp_path / "c.png"), deep[::-1].transpose(1, 2, 0))  # of which Pillow keeps 8 bits
+    check(open_scene(tmp_path / "c.png"), RasterFile, stretched(deep), within=1)
 
 
 def test_a_damaged_geotiff_and_an_image_too_large_to_be_decoded_whole(tmp_path, monkeypatch):
     path = write_tiff(tmp_path / "a.tif", rng.integers(0, 256, (3, 300, 200), dtype=np.uint8), compress="deflate")
     path.write_bytes(path.read_bytes()[:90_000])
-    with pytest.raises(UserError, match="a.tif can't be read: [^\n]*$"):
-        open_scene(path).read_all()
+    refused(path, "a.tif can't be read: [^\n]*$")
     monkeypatch.setattr(raster, "MAX_PLAIN", 1000)
     scene = open_scene(save(tmp_path / "a.png", RGB))
     assert type(scene) is RasterFile and scene.crs is None and np.array_equal(scene.read(5, 6, 7, 8), RGB[5:12, 6:14])
 
 
-def discs(height=300, width=260):
+def discs():
     """A mask (uint8 0/255) of a disc with a hole, and one more disc."""
-    y, x = np.mgrid[:height, :width]
+    y, x = np.mgrid[:300, :260]
     ring = ((x - 100) ** 2 + (y - 90) ** 2 < 70**2) & ((x - 90) ** 2 + (y - 100) ** 2 > 20**2)
     return (ring | ((x - 200) ** 2 + (y - 240) ** 2 < 30**2)).astype(np.uint8) * 255
 
 
-def pixel_areas(crs, transform, mask):
-    """True area in m2 of each foreground pixel: its corners in an equal-area projection."""
+def pixel_area(crs, transform, mask):
+    """True area in m2 of the foreground's pixels, from their corners in an equal-area projection."""
     from rasterio.warp import transform as to
 
     a, b, c, d, e, f = transform
     x, y = (np.argwhere(mask)[:, ::-1, None] + np.array([[0, 1, 1, 0], [0, 0, 1, 1]])).transpose(1, 0, 2)  # (n, 4)
-    x, y = to(crs, "EPSG:6933", (a * x + b * y + c).ravel(), (d * x + e * y + f).ravel())
-    x, y = np.reshape(x, (-1, 4)), np.reshape(y, (-1, 4))
+    x, y = np.reshape(to(crs, "EPSG:6933", (a * x + b * y + c).ravel(), (d * x + e * y + f).ravel()), (2, -1, 4))
     x, y = (x - x[:, :1] + 1e7) % 34_735_060.89 - 1e7, y - y[:, :1]  # around the Earth
-    return np.abs((x * np.roll(y, -1, 1) - np.roll(x, -1, 1) * y).sum(axis=1)) / 2
+    return np.abs((x * np.roll(y, -1, 1) - np.roll(x, -1, 1) * y).sum(axis=1)).sum() / 2
 
 
 def write_geojson(path, mask, crs, transform, **properties):
@@ -411,21 +359,18 @@ def test_polygons_lie_where_the_mask_lies_and_have_its_area(tmp_path, crs, trans
     mask[:60, 180:] = 255 * (np.random.default_rng(1).normal(size=(60, 80)) > -0.05)
     mask[100:160, 180:] = 255 * (cv2.GaussianBlur(np.random.default_rng(2).normal(size=(60, 80)), (0, 0), 3) > 0)
     facts, features, shapes = write_geojson(tmp_path, mask, crs, transform, phrase="the ring", confidence=0.75)
-    import rasterio
-    import shapely
-    from rasterio.warp import transform_geom
-
+    rasterio, shapely = map(pytest.importorskip, ("rasterio", "shapely"))
     exact = [shapely.geometry.shape(s) for s, _ in rasterio.features.shapes(mask, mask)]  # in pixels
     assert facts["polygon_count"] == len(shapes) == len(exact) > 100
     for feature, shape, pixels in zip(features, shapes, exact):
-        assert feature["properties"]["phrase"] == "the ring" and feature["properties"]["confidence"] == 0.75
+        assert feature["properties"] | {"phrase": "the ring", "confidence": 0.75} == feature["properties"]
         assert shape.is_valid and len(shape.interiors) == len(pixels.interiors)
         assert shape.exterior.is_ccw and not any(ring.is_ccw for ring in shape.interiors)  # as RFC 7946 wants them
-        back = shapely.geometry.shape(transform_geom("EPSG:4326", crs, feature["geometry"]))
+        back = shapely.geometry.shape(rasterio.warp.transform_geom("EPSG:4326", crs, feature["geometry"]))
         back = shapely.affinity.affine_transform(back, (~rasterio.Affine(*transform)).to_shapely())
         assert back.boundary.hausdorff_distance(pixels.boundary) < 0.51
     assert shapely.get_num_coordinates(shapes).sum() < 0.9 * shapely.get_num_coordinates(exact).sum()
-    assert facts["area_m2"] == pytest.approx(pixel_areas(crs, transform, mask).sum(), rel=2e-6)
+    assert facts["area_m2"] == pytest.approx(pixel_area(crs, transform, mask), rel=2e-6)
     assert sum(f["properties"]["area_m2"] for f in features) == pytest.approx(facts["area_m2"], abs=0.005 * len(features))
 
 
@@ -435,20 +380,19 @@ def test_polygons_lie_where_the_mask_lies_and_have_its_area(tmp_path, crs, trans
     ("EPSG:4326", (0.001, 0, 179.9, 0, -0.001, 17.0)),
 ])  # fmt: skip
 def test_polygons_are_cut_at_the_180th_meridian(tmp_path, crs, transform):
-    mask = discs()
-    facts, features, shapes = write_geojson(tmp_path, mask, crs, transform)
+    facts, _, shapes = write_geojson(tmp_path, mask := discs(), crs, transform)
     assert [shape.geom_type for shape in shapes] == ["MultiPolygon", "Polygon"] and shapes[0].is_valid
-    east, west = sorted(shapes[0].geoms, key=lambda part: -part.bounds[0])
-    assert 179 < east.bounds[0] and east.bounds[2] == 180 and east.exterior.is_ccw
-    assert west.bounds[0] == -180 and west.bounds[2] < -179 and west.exterior.is_ccw
-    assert facts["area_m2"] == pytest.approx(pixel_areas(crs, transform, mask).sum(), rel=2e-6)
-    belt = np.where(np.arange(180)[:, None] // 20 == 2, np.full((180, 360), 255), 0).astype(np.uint8)
-    for west in (-180.0, 0.0):  # maps of the world
+    west, east = sorted(shapes[0].geoms, key=lambda part: part.bounds[0])
+    assert west.bounds[0] == -180 and west.bounds[2] < -179 and 179 < east.bounds[0] and east.bounds[2] == 180
+    assert east.exterior.is_ccw and west.exterior.is_ccw
+    assert facts["area_m2"] == pytest.approx(pixel_area(crs, transform, mask), rel=2e-6)
+
+
+def test_polygons_of_maps_of_the_world_empty_masks_and_what_is_not_on_the_earth(tmp_path):
+    belt = np.repeat(255 * (np.arange(180)[:, None] // 20 == 2), 360, axis=1).astype(np.uint8)
+    for west in (-180.0, 0.0):
         facts, _, (shape,) = write_geojson(tmp_path, belt, "EPSG:4326", (1.0, 0, west, 0, -1.0, 90.0))
         assert shape.bounds == (-180, 30, 180, 50) and shape.is_valid and facts["area_m2"] == pytest.approx(6.77e13, rel=0.01)
-
-
-def test_an_empty_mask_and_a_coordinate_system_that_is_not_of_the_earth(tmp_path):
     facts, features, _ = write_geojson(tmp_path, discs() // 255 * np.uint8(NODATA), *HERE.values())
     assert facts == {"polygon_count": 0, "area_m2": 0} and features == []
     local = 'LOCAL_CS["site",LOCAL_DATUM["site",0],UNIT["metre",1],AXIS["X",EAST],AXIS["Y",NORTH]]'
@@ -457,7 +401,7 @@ def test_an_empty_mask_and_a_coordinate_system_that_is_not_of_the_earth(tmp_path
 
 
 def test_the_numbers_of_a_mask_are_gathered_from_its_bands():
-    scene = PlainImage(np.dstack([RGB, np.where(np.arange(40)[:, None] < 10, 0, np.full((40, 30), 255)).astype(np.uint8)]))
+    scene = PlainImage(clear(RGB, 10))
     logits = np.full((40, 30), -1.0, np.float32)
     logits[5:20, 3:7] = 2.0  # half of a third of it has no data
     result = MaskResult(scene)
@@ -468,22 +412,19 @@ def test_the_numbers_of_a_mask_are_gathered_from_its_bands():
 
 
 def test_names_are_unique_and_can_be_written():
-    images = [*map(Path, ("a/plane.jpg", "b/plane.png", "a/Plane.png", "a/ship.jpg"))]
-    images += [Path("x" * 200 + ".jpg"), Path("y" * 90 + "_1.png"), Path("y" * 90 + "_2.png")]
+    long = ("x" * 200 + ".jpg", "y" * 90 + "_1.png", "y" * 90 + "_2.png")
+    images = [*map(Path, ("a/plane.jpg", "b/plane.png", "a/Plane.png", "a/ship.jpg", *long))]
     names = stems(images)
     assert len({name.lower() for name in names.values()}) == 7 and names[images[3]] == "ship"
     assert names == stems(images[::-1]) and len(names[images[4]]) == 80
     assert slug("The airplane, on the RIGHT!") == "the-airplane-on-the-right"
     assert slug("../../etc") == "etc" and slug("?!") == "phrase" and slug("船の左") == "船の左"
-    assert slug("one two " * 20) == "one-two-one-two-one-two-one-two-one-two" and slug("y" * 5000) == "y" * 40
-    assert len(slug("船" * 5000).encode()) <= 120
+    assert slug("one two " * 20) == "one-two" + 4 * "-one-two" and slug("船" * 5000) == "船" * 40
 
 
 def test_the_reduced_mask_keeps_what_is_small():
-    rng = np.random.default_rng(0)
-    for height, width in ((5000, 3000), (1600, 7), (3, 2), (1, 9999), (1601, 1601)):
-        mask = np.zeros((height, width), bool)
-        points = rng.integers(0, (height, width), (5, 2))
+    for height, width in ((2500, 1700), (1600, 7), (3, 2), (1, 9999), (1601, 1601)):
+        mask, points = np.zeros((height, width), bool), rng.integers(0, (height, width), (5, 2))
         mask[tuple(points.T)] = True
         small = ReducedMask(height, width)
         for top in range(0, height, 700):
@@ -512,9 +453,8 @@ def test_the_painter():
 def test_captions_of_any_script_and_length():
     image = np.zeros((10, 300, 3), np.uint8)
     for text in ("the ship", "船の左", "корабль слева", "🚢" * 5, "é\u0301", "\u200b\n\t", "", "word " * 500, "W" * 5000):
-        for below in (False, True):
-            shown = captioned(image, text, below, lines=3)
-            strip, picture = (shown[10:], shown[:10]) if below else (shown[:-10], shown[-10:])
-            assert np.array_equal(picture, image) and 10 < len(strip) <= 70 and (strip[-1] == 255).all()
-            assert (strip[:, -4:] == 255).all()  # nothing is cut off
+        strip, picture = np.split(captioned(image, text, lines=3), [-10])
+        assert np.array_equal(picture, image) and 10 < len(strip) <= 70
+        assert (strip[-1] == 255).all() and (strip[:, -4:] == 255).all()  # nothing is cut off
+        assert np.array_equal(captioned(image, text, below=True, lines=3), np.concatenate([image, strip]))
     assert np.array_equal(captioned(image, "près d'une île"), captioned(image, "pres d'une ile"))
