@@ -19,8 +19,6 @@ from presets import PRESETS
 from synthetic_scenes.scenes import make_scenes
 from weights.checkpoints import model_entries
 
-# ---- metrics ----------------------------------------------------------------------------------------------------------------
-
 
 def test_iou_by_hand():
     a, b = np.array([[1, 1, 0], [0, 0, 0]]), np.array([[1, 0, 1], [0, 0, 0]])
@@ -96,19 +94,13 @@ def test_results_by_group(capsys):
 
 def test_best_median_worst_covers_both_ends():
     rows = [{"iou": i / 10} for i in range(10)]
-    assert evaluate.best_median_worst(rows, 5) == [9, 8, 5, 4, 0]
+    assert evaluate.best_median_worst(rows, 5) == [9, 8, 5, 4, 0] and evaluate.best_median_worst(rows, 1) == [9]
     assert sorted(evaluate.best_median_worst(rows, 50)) == list(range(10))
-    assert evaluate.best_median_worst(rows, 1) == [9]
 
 
 def test_masks_are_the_positive_logits_at_the_size_asked_for():
-    logits = torch.tensor([[-1.0, 3.0], [-1.0, 3.0]])[None, None]
-    assert evaluate.masks_at(logits, (2, 2)).tolist() == [[False, True]] * 2
-    # four columns: -1, 0, 2, 3; 0 is no mask
+    logits = torch.tensor([[-1.0, 3.0], [-1.0, 3.0]])[None, None]  # four columns: -1, 0, 2, 3; 0 is no mask
     assert evaluate.masks_at(logits, (3, 4)).tolist() == [[False, False, True, True]] * 3
-
-
-# ---- scoring ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -154,29 +146,22 @@ def test_scoring_row_by_row(protocol, scenes):
     assert again.batches == [4, 4, 2] and model.batches == [4, 4, 2]  # what is called is `forward`
 
 
-def test_two_processes_count_nothing_twice(scenes, monkeypatch):
-    dataset, alone, parts = open_dataset(scenes, "val", image_size=64, encoder_size=32), Bright(), []
-    rows = evaluate.score(alone, dataset, batch_size=4)
+@pytest.mark.parametrize("batch_size, batches", [(4, ([4, 2], [4])), (20, ([10], []))])
+def test_two_processes_count_nothing_twice(scenes, monkeypatch, batch_size, batches):
+    """They take batches in turn, and one of them may get none; each returns all rows."""
+    dataset, parts, models = open_dataset(scenes, "val", image_size=64, encoder_size=32), [], (Bright(), Bright())
+    rows = evaluate.score(Bright(), dataset, batch_size=batch_size)
     monkeypatch.setattr(evaluate, "world_size", lambda: 2)
-    models = Bright(), Bright()
     for rank in (1, 0):
-        monkeypatch.setattr(evaluate, "rank", lambda: rank)  # noqa: B023
-
         def gather(mine):
             parts.append(mine)
-            return parts if len(parts) == 2 else [mine, {i: rows[i] for i in range(10) if i not in mine}]
+            return [mine, {i: rows[i] for i in range(10) if i not in mine}]
 
-        monkeypatch.setattr(evaluate, "gather", gather)
-        assert evaluate.score(models[rank], dataset, batch_size=4) == rows
-    assert [model.batches for model in models] == [[4, 2], [4]] and not parts[0].keys() & parts[1].keys()
-    for rank in (1, 0):  # a batch of all leaves one of them nothing
         monkeypatch.setattr(evaluate, "rank", lambda: rank)  # noqa: B023
-        monkeypatch.setattr(evaluate, "gather", lambda mine: [mine, {} if mine else dict(enumerate(rows))])
-        assert evaluate.score(models[rank], dataset, batch_size=20) == rows
-    assert [model.batches for model in models] == [[4, 2, 10], [4]]
-
-
-# ---- the command line -------------------------------------------------------------------------------------------------------
+        monkeypatch.setattr(evaluate, "gather", gather)
+        assert evaluate.score(models[rank], dataset, batch_size=batch_size) == rows
+    assert tuple(model.batches for model in models) == batches
+    assert sorted([*parts[0], *parts[1]]) == list(range(10))
 
 
 @pytest.fixture(scope="module")
