@@ -90,7 +90,7 @@ def test_mask_score_and_logits_of_paths_pil_images_arrays_and_lists(predictor, p
     assert logits.shape == (90, 120) and mask.any() and not mask.all() and isinstance(confidence, float)
     assert (mask.dtype, logits.dtype) == (bool, np.float32) and np.array_equal(mask, logits > 0)
     assert confidence == pytest.approx(torch.from_numpy(logits).sigmoid()[mask].mean().item(), abs=1e-5)
-    assert all(np.array_equal(predictor.predict(same, phrase)[2], logits) for same in (str(picture), Image.open(picture), array))
+    assert all(np.array_equal(predictor.predict(x, phrase)[2], logits) for x in (str(picture), Image.open(picture), array))
     masks, scores, many = predictor.predict([picture, array[:50]], [phrase, "a car"])
     assert [m.shape for m in masks] == [(90, 120), (50, 120)] and len(scores) == 2 and np.allclose(many[0], logits, atol=1e-3)
     for images, phrases, count in ((picture, ["a", "b", "c"], 3), ([array, array], "a", 2), ([picture], "a", 1), ([], [], 0)):
