@@ -57,8 +57,7 @@ def note(number, segmentation, **changes):
 
 def write_refer(root, refs, annotations, pictures=True):
     folder, pictures_folder = root / "rrsisd", root / "images/rrsisd/JPEGImages"
-    for each in (folder, pictures_folder):
-        each.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True), pictures_folder.mkdir(parents=True, exist_ok=True)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=3))
     images = [{"file_name": r["file_name"], "height": 40, "width": 50, "id": r["image_id"]} for r in refs]
     categories = [{"supercategory": name, "id": i, "name": name} for i, name in enumerate("abcd")]
@@ -210,9 +209,6 @@ def test_names_and_folders(tmp_path, monkeypatch):
     assert os.path.join("data", "other") + " holds nothing" in message("other") and "holds nothing" in message("near")
     one_ref(tmp_path / "data/RRSIS-D")
     assert opened("RRSIS-D").name == "RRSIS-D"
-    os.remove(tmp_path / "data/RRSIS-D" / IMAGE)
-    (tmp_path / "data/RRSIS-D" / IMAGE).symlink_to("00003.jpg")
-    assert "00003.jpg can't be read" in message("RRSIS-D")
 
 
 def test_an_item_of_a_grey_image_with_exif_and_a_mask_of_another_size(tmp_path):
@@ -266,7 +262,7 @@ def test_flips_keep_image_mask_and_phrase_together(tmp_path):
 
 @pytest.mark.parametrize("allowed, phrases", [
     ([True, True], "the bright ship left of the upright tower; the lowermost basketball court"),
-    ([True, True], "the rightmost baseball field below flowers"), ([False, True], "the leftside ship; el barco de la izquierda"),
+    ([True, True], "the rightmost baseball field below flowers"), ([False, True], "the leftside ship; barco de la izquierda"),
     ([True, False], "a car under the bridge; the ship underneath; un barco arriba"),
     ([False, False], "the upperleft ship; turning Clockwise; a ship in the NE corner; the topleft ship; the second ship"),
     ([False, False], "das Schiff links oben; the plane at 2 o'clock"),
