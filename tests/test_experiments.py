@@ -170,14 +170,13 @@ def call(scenes, tmp_path, monkeypatch, capsys):
 
 
 def test_ablate_trains_scores_and_goes_on_where_it_was(call, capsys, monkeypatch):
-    train_flags = ("--", "--set", "image_size=64", "epoch_range=(40,40)", "--workers", 0)
-    flags = ("--variants", "whole", "sam2", "--jobs", 2, "--samples", 30, *train_flags)
+    out, train_flags = Path("abl"), ("--", "--set", "image_size=64", "epoch_range=(24,24)", "--workers", 0)
+    flags = ("--variants", "whole", "sam2", "--jobs", 2, "--samples", 20, *train_flags)
     call("--only", "whole", 0, *flags)
     printed, end = call(*flags)
     assert not end and "sam2-0: starting" in printed and "whole-0" not in printed  # which is there
-    out = Path("abl")
     table = (out / "ablation.md").read_text(encoding="utf-8")
-    assert table in printed and "40 samples a run" in table and "split test" in table  # rounded up to an epoch
+    assert table in printed and "24 samples a run" in table and "split test" in table  # rounded up to an epoch
     assert (out / "ablation.png").exists() or "pip install matplotlib" in printed
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row.startswith("|")][2:]
     assert [row[:2] for row in rows] == [["union encoder + SAM 2", LEFT_OUT], ["all", ""]]
@@ -197,7 +196,7 @@ def test_ablate_trains_scores_and_goes_on_where_it_was(call, capsys, monkeypatch
     ablate.main(["--score", "abl/sam2-0/best.pt"])
     assert f"without {LEFT_OUT} on " in (printed := capsys.readouterr().out)
     assert float(rows[0][4]) == pytest.approx(float(printed.splitlines()[2].split()[-3]), abs=0.06)
-    assert "holds runs with epochs 1, this asks for 2: choose another --out" in call("--samples", 80, *train_flags)[1]
+    assert "holds runs with epochs 1, this asks for 2: choose another --out" in call("--samples", 40, *train_flags)[1]
     monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(RECIPES["tiny"], lr=0.1))
     assert "holds runs with recipe.lr 0.0014, this asks for 0.1: " in call(*flags)[1]
 
@@ -460,7 +459,8 @@ def test_frozen_weights_in_bfloat16_give_what_autocast_gives_and_the_published_s
 
 
 def test_speed_and_the_cost_of_loading_are_tables_appended_to_a_file(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed.Device, "product", lambda self: 1e12)  # these two take seconds
+    monkeypatch.setattr(speed.Device, "product", lambda self: 1e12)  # these take seconds
+    monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(RECIPES["tiny"], muon=0.0))
     monkeypatch.setattr(speed, "flops", lambda *_: {"forward": 1e9, "train": 3e9})
     (out := tmp_path / "speed.md").write_text("# Speed\n")
     sizes = "--image-size 64 --device cpu --repeats 1 --warmup 0 --workers 0"
@@ -482,7 +482,7 @@ def test_phrases_are_padded_to_few_lengths_and_compile_once_a_length_and_batch_s
         lengths = [padded_length(n, context) for n in range(1, context + 1)]
         assert all(n <= length <= context for n, length in enumerate(lengths, start=1)) and len(set(lengths)) <= 6
     assert OpenCLIPTokenizer(77)([" ".join(["ship"] * 200)])[1].tolist() == [77]
-    encoder = small_model().union_encoder.eval()
+    encoder = small_model(encoder_args=PRESETS["tiny"].encoder_args | {"joint_layers": 1}).union_encoder.eval()
     torch._dynamo.reset(), counters.clear()
     traced = compiled(encoder, backend="eager", fullgraph=True)
     assert torch._dynamo.config.cache_size_limit >= 32
