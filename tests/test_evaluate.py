@@ -212,6 +212,7 @@ def test_evaluation_needs_the_checkpoint_alone(call, scenes, checkpoint):
     assert panels.shape[1] == 4 * 256 and panels.shape[0] > 3 * 256  # image, truth, pseudo-mask, prediction
     call("--ckpt", checkpoint, "--panels", 1, "--split", "val", "--protocol", "paper")
     call("--ckpt", checkpoint, "--panels", 1)
+    assert "torchrun --nproc-per-node 8 evaluate.py" in call("--help")
     assert {p.name for p in Path().iterdir()} == {"s.json", "panels-test.png", "panels-test-2.png", "panels-val.png"}
 
 
@@ -235,8 +236,3 @@ def test_evaluate_s_errors_are_one_sentence(call, checkpoint, monkeypatch):
         monkeypatch.setattr("os.fsync", full)
         printed = call("--ckpt", checkpoint, *args, code=1)
         assert f"evaluate.py: {name} can't be written (No space left on device)" in printed and not Path(name).exists()
-
-
-def test_help(call):
-    printed = call("--help")
-    assert "usage: evaluate.py" in printed and "torchrun --nproc-per-node 8 evaluate.py" in printed

@@ -1,6 +1,7 @@
 """What surrounds a run, by itself: files written whole, signals, processes and their end, devices, averaged weights."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import sys
@@ -147,13 +148,7 @@ def test_a_signal_waits_for_the_end_of_what_is_deferred(stop, number, code):
     os.kill(os.getpid(), number)  # torchrun hands on what a terminal has sent already: what ends is not disturbed
 
 
-def test_a_signal_elsewhere_ends_at_once(stop):
-    with pytest.raises(SystemExit, match="143"):
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("it goes on")
-
-
-def test_an_error_within_what_is_deferred(stop):
+def test_errors_within_what_is_deferred_and_signals_elsewhere(stop):
     """A UserError is said all the same, but not that a collective broke as torchrun stops the processes."""
     with pytest.raises(UserError), stop.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -163,10 +158,12 @@ def test_an_error_within_what_is_deferred(stop):
     stop.number = 0
     with pytest.raises(RuntimeError), stop.deferred():
         raise RuntimeError("a fault")
-
-
-def test_workers_leave_signals_to_the_process_that_trains(stop):
-    ignore_signals(0)
+    stop.watch()
+    with pytest.raises(SystemExit, match="143"):  # at once where nothing is deferred
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
+    stop.watch()
+    ignore_signals(0)  # workers leave them to the process that trains
     assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
@@ -222,25 +219,20 @@ with process_group(), exit_on_user_error("fail.py"), stop.deferred():
     ("terminated", 143, "the step is finished\nthe step is finished\n", "process of rank"),
 ])  # fmt: skip
 def test_the_end_of_one_process_is_the_end_of_all_and_said_once(how, code, says, not_said, tmp_path):
-    """`launch` in a child of this process, which need not import torch again."""
     (tmp_path / "fail.py").write_text(FAIL)
-    if not (launcher := os.fork()):
-        ended = 99
-        try:
-            os.chdir(tmp_path)
-            os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
-            sys.argv, sys.modules["__main__"].__spec__, sys.stderr = ["fail.py", how], None, open(2, "w")
-            processes.launch(2)
-        except SystemExit as end:
-            ended = end.code
-        finally:
-            sys.stderr.flush()
-            os._exit(ended)
-    ended = os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1])
+
+    def launch():
+        os.chdir(tmp_path)
+        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+        sys.argv, sys.modules["__main__"].__spec__, sys.stderr = ["fail.py", how], None, open(2, "w")
+        processes.launch(2)
+
+    program = multiprocessing.get_context("fork").Process(target=launch)  # need not import torch again
+    program.start(), program.join()
     out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
-    assert ended == code and err.count(says) == 1 and not_said not in err, err
+    assert program.exitcode == code and err.count(says) == 1 and not_said not in err, err
     assert out == "printed once\n" + "\nfarewell\n" * (how == "terminated")
     for number in (0, 1):
         with pytest.raises(ProcessLookupError):

@@ -1,16 +1,16 @@
 """Training: its parts by hand-computed values, and whole runs, undisturbed, stopped, killed, in several processes.
 
-One server process has the libraries imported and runs the command lines, each in a child of its own.
+Command lines run in children of a fork which has the libraries imported, with Python code of the test's own first.
 """
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -28,50 +28,20 @@ import train
 from data import TrainingOrder, open_dataset
 from model import RS2SAM2, compiled
 from presets import PRESETS, RECIPES, Preset, Recipe
+from runtime import processes
 from runtime.errors import UserError
 from synthetic_scenes.scenes import make_scenes
 from weights.checkpoints import stored_preset, stored_recipe
 
 ROOT = Path(__file__).parent.parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 # Epochs of 10 samples in batches of 4: the first is 3 steps, to sample 12, the second 2, to sample 20.
 SMALL = ("image_size=64", "trunk.stages=[1, 1, 1, 1]", "trunk.global_att_blocks=[2]", "encoder_args.joint_layers=1",
          "encoder_name.vision_cfg.image_size=32", "encoder_name.vision_cfg.layers=1", "epoch_range=(10, 10)", "cpu_processes=2")
 GO_ON = ("--resume", "run")
 
-# Python code of the test's own comes first. With several ranks the children are what torchrun starts.
-SERVER = """
-import json, os, signal, sys, time
-import torch, evaluate, train
-import runtime.processes as processes
-for line in sys.stdin:
-    job, pids = json.loads(line), []
-    for rank in range(job["ranks"]):
-        if not (pid := os.fork()):
-            os.setsid()
-            os.chdir(job["cwd"])
-            for number in (1, 2):
-                os.dup2(os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-            if job["ranks"] > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]),
-                                  LOCAL_WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=job["port"])
-            module = sys.modules[job["module"]]
-            sys.argv, code = [module.__file__, *job["args"]], 0
-            try:
-                exec(job["first"])
-                module.main()
-            except SystemExit as end:
-                code = end.code or 0
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-                code = 99
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        pids.append(pid)
-    print(*pids, flush=True)
-    print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
-"""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train"])
+
 # In float64 nothing but the order of sums tells numbers of processes apart.
 DOUBLE = """
 from functools import partial
@@ -113,42 +83,46 @@ def at(name: str, samples: int, do: str, rank: int = 0) -> str:
     return AT.format(name=name, samples=samples, do=do, rank=rank)
 
 
-class Server:
-    """The parent of the processes that the tests start."""
-
-    def __init__(self):
-        command = [sys.executable, "-c", SERVER]
-        self.process = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def start(self, cwd: Path, *args, first: str = "", ranks: int = 1, module: str = "train") -> list[int]:
-        """Start a command line in a folder -> the numbers of its processes."""
-        cwd.mkdir(exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        job = {"cwd": str(cwd), "args": list(map(str, args)), "first": first, "ranks": ranks, "module": module, "port": port}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return list(map(int, self.process.stdout.readline().split()))
-
-    def end(self) -> list[int]:
-        """Wait for what was started -> the exit codes."""
-        return list(map(int, self.process.stdout.readline().split()))
-
-    def run(self, cwd: Path, *args, code: int = 0, **options) -> str:
-        """Run a command line, whose processes must all end with this exit code -> what is printed in this folder so far."""
-        self.start(cwd, *args, **options)
-        codes, printed = self.end(), (cwd / "printed").read_text()
-        assert set(codes) == {code} and "Traceback" not in printed, printed
-        return printed
+def work(cwd: Path, first: str, module: str, args: list[str], environ: dict) -> None:
+    """A command line in a process of its own."""
+    os.setsid()
+    os.chdir(cwd)
+    for number in (1, 2):
+        os.dup2(os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, as in the program itself
+    sys.argv, sys.modules["__main__"].__spec__ = [str(ROOT / f"{module}.py"), *args], None
+    exec(first, {"os": os, "signal": signal, "torch": torch, "train": train, "processes": processes})
+    sys.modules[module].main()
 
 
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.process.stdin.close()
-    server.process.wait(60)
+def start(cwd: Path, *args, first: str = "", ranks: int = 1, module: str = "train") -> list:
+    """Start a command line in a folder, in one process, or in several as torchrun does -> the processes."""
+    cwd.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group, args = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, list(map(str, args))
+    environs = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    started = [FORKS.Process(target=work, args=(cwd, first, module, args, environ)) for environ in environs]
+    for process in started:
+        process.start()
+    return started
+
+
+def end(started: list) -> list[int]:
+    """The exit codes of what was started."""
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def run(cwd: Path, *args, code: int = 0, **options) -> str:
+    """Run a command line, whose processes must all end with this exit code -> what is printed in this folder so far."""
+    codes, printed = end(start(cwd, *args, **options)), (cwd / "printed").read_text()
+    assert set(codes) == {code} and "Traceback" not in printed, printed
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -173,19 +147,19 @@ def new_run(scenes: Path, *more, gpus: tuple = ("--gpus", 0)) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server, scenes, tmp_path_factory) -> Path:
+def undisturbed(scenes, tmp_path_factory) -> Path:
     """The folder of a run."""
-    server.run(folder := tmp_path_factory.mktemp("undisturbed"), *new_run(scenes))
+    run(folder := tmp_path_factory.mktemp("undisturbed"), *new_run(scenes))
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
-def doubles(server, scenes, tmp_path_factory) -> dict[str, Path]:
+def doubles(scenes, tmp_path_factory) -> dict[str, Path]:
     """The same run in float64 by one process and by two, whole and in parts -> their folders."""
     folder, runs = tmp_path_factory.mktemp("doubles"), {}
     for ranks, parts in ((1, 1), (2, 1), (2, 2)):
         cwd = folder / f"{ranks} {parts}"
-        server.run(cwd, *new_run(scenes, "muon=0.0"), "--accumulate", parts, first=DOUBLE, ranks=ranks)
+        run(cwd, *new_run(scenes, "muon=0.0"), "--accumulate", parts, first=DOUBLE, ranks=ranks)
         runs[f"{ranks} x {parts}"] = cwd / "run"
     return runs
 
@@ -341,61 +315,61 @@ def test_a_compiled_and_edited_run_goes_all_its_ways(scenes, undisturbed, in_pro
         train.main(["--resume", "run"])
 
 
-def test_a_signal_finishes_the_step_and_saves_or_ends_at_once(server, scenes, undisturbed, tmp_path):
+def test_a_signal_finishes_the_step_and_saves_or_ends_at_once(scenes, undisturbed, tmp_path):
     """While there is nothing to go on with yet; in the middle of an epoch; in an epoch's last step, too late for the step;
     while it is validated; in the run's last step. In between there are workers."""
-    printed = server.run(tmp_path / "none", *new_run(scenes), first=at("prepare", 0, SIGNAL.format("SIGINT")), code=130)
+    printed = run(tmp_path / "none", *new_run(scenes), first=at("prepare", 0, SIGNAL.format("SIGINT")), code=130)
     assert not (tmp_path / "none" / "run").exists() and "go on with" not in printed
     args = new_run(scenes)
     for name, where, samples, saved in (("SIGTERM", "backward", 0, 4), ("SIGINT", "check_finite", 8, 12),
                                         ("SIGTERM", "score", 0, 12), ("SIGINT", "backward", 16, 20)):  # fmt: skip
         code = {"SIGTERM": 143, "SIGINT": 130}[name]
-        printed = server.run(tmp_path, *args, first=at(where, samples, SIGNAL.format(name)), code=code)
+        printed = run(tmp_path, *args, first=at(where, samples, SIGNAL.format(name)), code=code)
         assert printed.endswith("\nstopped; go on with: python train.py --resume run\n")
         assert state_of(tmp_path / "run")["samples"] == saved
         assert (tmp_path / "run" / "log.jsonl").exists() == (samples == 16)
         args = (*GO_ON, "--workers", 2)
     assert printed.count("go on with") == 4
-    server.run(tmp_path, *GO_ON)
+    run(tmp_path, *GO_ON)
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_killed_while_checkpoints_are_written_and_at_random_moments(server, scenes, undisturbed, tmp_path):
+def test_killed_while_checkpoints_are_written_and_at_random_moments(scenes, undisturbed, tmp_path):
     """In the middle of a file, before it is flushed, before it is renamed; by a timer of the process's own time, which ends it
     as SIGKILL does: nothing runs any more. last.pt is whole each time."""
     rng, last = random.Random(0), tmp_path / "run" / "last.pt"
-    for call in (1, 5, 6, None, 4, None):
+    for call in (1, 5, 6, None):
         timer = f"signal.setitimer(signal.ITIMER_VIRTUAL, {rng.uniform(0.3, 1)})\n"
         first = EVERY_STEP + (DIE.format(call=call) if call else timer)
-        server.start(tmp_path, *(GO_ON if last.exists() else new_run(scenes)), first=first)
-        assert server.end()[0] in ([-signal.SIGKILL] if call else [-signal.SIGVTALRM, 0])
+        (code,) = end(start(tmp_path, *(GO_ON if last.exists() else new_run(scenes)), first=first))
+        assert code in ([-signal.SIGKILL] if call else [-signal.SIGVTALRM, 0])
         assert not last.exists() or state_of(last.parent)["samples"] % 4 == 0
-    printed = server.run(tmp_path, *GO_ON)
+    printed = run(tmp_path, *GO_ON)
     assert {"save", "fsync", "replace"} == set(re.findall("killed in (.*)", printed))
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(server, scenes, undisturbed, tmp_path):
+def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(scenes, undisturbed, tmp_path):
     """Before the first checkpoint, at a later last.pt, at best.pt; then there is room again."""
-    server.run(tmp_path, *new_run(scenes), first=FULL, code=1)
+    run(tmp_path, *new_run(scenes), first=FULL, code=1)
     assert not list((tmp_path / "run").iterdir())
-    server.run(tmp_path, *new_run(scenes), first=EVERY_STEP + at("backward", 8, FULL), code=1)
+    run(tmp_path, *new_run(scenes), first=EVERY_STEP + at("backward", 8, FULL), code=1)
     assert state_of(tmp_path / "run")["samples"] == 8
-    printed = server.run(tmp_path, *GO_ON, first=at("score", 0, FULL), code=1)
+    printed = run(tmp_path, *GO_ON, first=at("score", 0, FULL), code=1)
     assert state_of(tmp_path / "run")["samples"] == 12 and not (tmp_path / "run" / "best.pt").exists()
     told = r"train.py: run/(.*).pt can't be written \(File too large\): make room .* what was saved before is untouched\n"
     assert re.findall(told, printed) == ["last", "last", "best"] and printed.count("train.py:") == 3
-    server.run(tmp_path, *GO_ON)
+    run(tmp_path, *GO_ON)
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_what_is_not_finite_stops_within_the_step(server, scenes, tmp_path):
+def test_what_is_not_finite_stops_within_the_step(scenes, tmp_path):
     """A gradient of one process; a weight of one of two, which both say as one."""
     for ranks, spoilt, loss in ((1, "register_hook(lambda grad: grad.fill_(float('inf')))", r"\d.\d+"),
                                 (2, "data.fill_(float('nan'))", "nan")):  # fmt: skip
         see = at("check_finite", 8, "print('batch', *args[3])") + at("backward", 8, f"args[0].trained[0].{spoilt}", ranks - 1)
         cwd = tmp_path / str(ranks)
-        printed = server.run(cwd, *new_run(scenes), first=EVERY_STEP + QUIET + see, ranks=ranks, code=1)
+        printed = run(cwd, *new_run(scenes), first=EVERY_STEP + QUIET + see, ranks=ranks, code=1)
         (batch,), (said,) = (re.findall(regex, printed, re.MULTILINE) for regex in (
             "^batch (.*)", rf"^train.py: the loss became {loss} and its gradient (?:nan|inf) at sample 8 \(batch (.*?)\)"))
         said = said.split(", ")
@@ -413,65 +387,64 @@ def test_processes_and_parts_compute_the_same_steps(doubles):
     assert all(printed.count(told) == 1 for told in ("2 x cpu", "parameters:", "epoch 1:", "epoch 2:", "score it with"))
 
 
-def test_two_processes_count_nothing_twice_in_scoring(server, doubles):
+def test_two_processes_count_nothing_twice_in_scoring(doubles):
     cwd, seen = doubles["1 x 1"].parent, []
     for ranks in (1, 2):
-        server.run(cwd, "--ckpt", "run/best.pt", "--split", "val", "--json", f"{ranks}.json", module="evaluate", ranks=ranks)
+        run(cwd, "--ckpt", "run/best.pt", "--split", "val", "--json", f"{ranks}.json", module="evaluate", ranks=ranks)
         seen.append(json.loads((cwd / f"{ranks}.json").read_text()))
     assert seen[0] == seen[1] and len({(row["id"], row["phrase"]) for row in seen[0]["rows"]}) == seen[0]["scores"]["samples"]
     assert len(seen[0]["rows"]) == 12 and (cwd / "printed").read_text().count("split val") == 2
 
 
 @pytest.mark.parametrize("where, rank, samples", [("backward", 1, 12), ("check_finite", 0, 8)])
-def test_two_processes_stop_after_the_same_step(server, scenes, doubles, tmp_path, where, rank, samples):
+def test_two_processes_stop_after_the_same_step(scenes, doubles, tmp_path, where, rank, samples):
     """A signal to one of them: in a step; after the sums of an epoch's last step are read, too late for that one. Two go on,
     and one with what two began."""
     first = DOUBLE + at(where, samples, SIGNAL.format("SIGTERM"), rank)
-    printed = server.run(tmp_path, *new_run(scenes, "muon=0.0"), first=first, ranks=2, code=143)
+    printed = run(tmp_path, *new_run(scenes, "muon=0.0"), first=first, ranks=2, code=143)
     assert printed.endswith("\nstopped; go on with: python train.py --resume run\n") and printed.count("go on with") == 1
     assert state_of(tmp_path / "run")["samples"] == samples + 4
-    server.run(tmp_path, *GO_ON, first=DOUBLE, ranks=2 if rank else 1)
+    run(tmp_path, *GO_ON, first=DOUBLE, ranks=2 if rank else 1)
     assert_same_run(tmp_path / "run", doubles["2 x 1"], tolerance=0 if rank else 1e-9)
 
 
-def test_two_processes_are_killed_while_one_writes(server, scenes, doubles, tmp_path):
+def test_two_processes_are_killed_while_one_writes(scenes, doubles, tmp_path):
     """In the middle of a checkpoint; the other waits for it."""
-    first = DOUBLE + "if os.environ['RANK'] == '0':\n" + re.sub("(?m)^", "    ", EVERY_STEP + DIE.format(call=4))
-    server.start(tmp_path, *new_run(scenes, "muon=0.0"), ranks=2, first=first + "\nprocesses.time.sleep = lambda seconds: None")
-    assert server.end() == [-signal.SIGKILL, 1] and "killed in save" in (tmp_path / "printed").read_text()
+    first = DOUBLE + QUIET + "if os.environ['RANK'] == '0':\n" + re.sub("(?m)^", "    ", EVERY_STEP + DIE.format(call=4))
+    codes = end(start(tmp_path, *new_run(scenes, "muon=0.0"), ranks=2, first=first))
+    assert codes == [-signal.SIGKILL, 1] and "killed in save" in (tmp_path / "printed").read_text()
     assert state_of(tmp_path / "run")["samples"] == 0
-    (tmp_path / "printed").unlink()
-    server.run(tmp_path, *GO_ON, first=DOUBLE, ranks=2)
+    run(tmp_path, *GO_ON, first=DOUBLE, ranks=2)
     assert_same_run(tmp_path / "run", doubles["2 x 1"])
 
 
-def test_the_processes_that_train_py_starts_stop_together(server, scenes, tmp_path):
+def test_the_processes_that_train_py_starts_stop_together(scenes, tmp_path):
     """Two processes by torchrun, and Ctrl-C, as a terminal sends it, to everybody."""
     endless = new_run(scenes, "epoch_range=(1000000, 1000000)", gpus=())
-    (pid,) = server.start(tmp_path, *endless, "--workers", 1)
+    (program,) = start(tmp_path, *endless, "--workers", 1)
     until = time.time() + 100
     while not (tmp_path / "run" / "last.pt").exists() and time.time() < until:
         time.sleep(0.1)
     time.sleep(0.5)  # and steps begin
-    os.killpg(pid, signal.SIGINT)
-    assert server.end() == [130], (tmp_path / "printed").read_text()
+    os.killpg(program.pid, signal.SIGINT)
+    assert end([program]) == [130], (tmp_path / "printed").read_text()
     printed = (tmp_path / "printed").read_text()
     assert "Traceback" not in printed and state_of(tmp_path / "run")["samples"] > 0
     assert printed.count("stopped; go on with: python train.py --resume run\n") == 1
     assert os.cpu_count() < 2 or "2 x cpu" in printed
     with pytest.raises(ProcessLookupError):  # nobody is left
         time.sleep(0.5)
-        os.killpg(pid, 0)
+        os.killpg(program.pid, 0)
 
 
-def test_a_broken_sample_of_one_process_is_one_sentence(server, tmp_path):
+def test_a_broken_sample_of_one_process_is_one_sentence(tmp_path):
     scenes = make_scenes(tmp_path / "scenes", train=6, val=2, test=1, size=96, seed=1, progress=False)
     samples = open_dataset(scenes, "train").samples
     orders = (TrainingOrder(len(samples), 0, 0, 4, 4, rank, 2) for rank in (0, 1))
     first, second = ({samples[i].image for i, _ in next(iter(order))} for order in orders)
     Path((second - first).pop()).write_bytes(b"no image")
-    server.start(tmp_path, *new_run(scenes), ranks=2, first=QUIET)
-    assert server.end() == [1, 2]
+    codes = end(start(tmp_path, *new_run(scenes), ranks=2, first=QUIET))
+    assert codes == [1, 2]
     *beginning, sentence = (tmp_path / "printed").read_text().splitlines()
     assert re.fullmatch(r"train.py: Sample \d+ of scenes .* is broken: .* not a sound image\.", sentence), sentence
     assert len(beginning) == 2
