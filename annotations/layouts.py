@@ -4,17 +4,17 @@ The files in the folder decide between four (LAYOUTS below): RRSIS-D and other R
 plain one for data of your own. Index files are read without running code from them. Whatever is broken raises UserError.
 """
 
-import csv
 import io
 import json
 import os
 import pickle
-import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from annotations.samples import Sample, clean_phrase, read_text
+from annotations.spreadsheets import read_csv
 from runtime.errors import UserError
 from runtime.files import file_bytes
 
@@ -26,21 +26,6 @@ LAYOUTS = """
   RISBench: output_phrase_<split>.txt ("<file.png> <phrase>" a line), img_rgb/<file.png>, mask/<file.png>
   your own: phrases.csv (columns image,mask,phrase,split), images/, masks/"""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-MAX_PHRASE = 10_000  # characters
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One target in one image, and every phrase for it."""
-    id: str                             # unique within a split: the ref_id, the list's id, or the names of the files
-    split: str
-    image: str                          # path
-    phrases: tuple[str, ...]
-    kinds: tuple[str, ...]              # of each phrase; '' where the data set doesn't say
-    category: str                       # '' if unknown
-    mask: str | tuple                   # path of a mask file, or COCO RLEs and polygons: their union
-    size: tuple[int, int] | None = None  # (H, W) that polygons are drawn at; None: the image's
-    threshold: int = 0                  # foreground of a mask file is what lies above
 
 
 # Each reader returns the samples of all splits and opens no image.
@@ -55,19 +40,6 @@ class PlainUnpickler(pickle._Unpickler):
 
     def find_class(self, module, name):
         raise ValueError(f"it asks for {module}.{name}, which phrases don't need and which could run code")
-
-
-def read_text(path: Path) -> str:
-    data = file_bytes(path)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line} is not UTF-8: save the file in that encoding.") from None
-    if "\0" in text:  # the csv module refuses it on Python 3.10 and takes it from 3.11 on
-        line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        raise UserError(f"{path}, line {line} holds NUL: take it out.")
-    return text
 
 
 def read_json(path: Path):
@@ -89,18 +61,6 @@ def read_pickle(path: Path) -> list:
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = f"{type(error).__name__}: {error}"[:200]
         raise UserError(f"{path} is not read ({reason}): get it again from its source.") from None
-
-
-def clean_phrase(text, where: str) -> str:
-    """The phrase without the blanks around it; double spaces and typos inside stay."""
-    text = text.strip() if isinstance(text, str) else ""
-    if not text:
-        raise UserError(f"{where}: the phrase is empty; write one, or take the sample out.")
-    if len(text) > MAX_PHRASE:
-        raise UserError(f"{where}: the phrase has {len(text):,} characters, at most {MAX_PHRASE:,} are taken.")
-    if re.search("[\x00-\x08\x0e-\x1f\ud800-\udfff]", text):
-        raise UserError(f"{where}: the phrase holds NUL or other control characters; take them out.")
-    return text
 
 
 def read_refer(refs_file: Path) -> list[Sample]:
@@ -189,32 +149,6 @@ def files_by_id(root: Path, *names: str) -> dict[str, str]:
     files = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES))
     files = {os.path.splitext(name)[0]: name for name in files} | {name: name for name in files} | {"": ""}
     return {id: os.path.join(folder, name) for id, name in files.items()}
-
-
-def read_csv(path: Path) -> list[Sample]:
-    """Data of your own; rows with the same image and mask are one sample with several phrases."""
-    columns, targets = ("image", "mask", "phrase", "split"), {}
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    try:
-        header = reader.fieldnames or []
-        if absent := [column for column in columns if column not in header]:
-            raise UserError(f"{path} has the columns {', '.join(header)} but lacks {', '.join(absent)}: "
-                            f"its first line must be {','.join(columns)}.")
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(f"{where} has not as many fields as the first line: quote phrases with commas.")
-            image, mask, split = (row[column].strip() for column in ("image", "mask", "split"))
-            if not (image and mask and split):
-                raise UserError(f"{where} has no image, mask or split: fill them in.")
-            targets.setdefault((image, mask, split), []).append(clean_phrase(row["phrase"], where))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not sound CSV ({error}): mend it.") from None
-    return [Sample(mask if image == mask else f"{image}+{mask}", split, os.path.join(path.parent, "images", image),
-                   tuple(phrases), kinds=("",) * len(phrases), category="",
-                   mask=os.path.join(path.parent, "masks", mask),
-                   threshold=127 if mask.lower().endswith((".jpg", ".jpeg")) else 0)  # JPEG blurs 0 and 255
-            for (image, mask, split), phrases in targets.items()]
 
 
 def read_samples(data: str | Path) -> tuple[str, Path, list[Sample]]:

@@ -135,7 +135,7 @@ SHORT = {
     "MASK": "Sample a.png of set (ROOT/images/a.png) is broken: ROOT/masks/a.png", "CSV": "ROOT/phrases.csv",
     "REF0": f"ROOT/{REFS}, ref number 0 is not as in RRSIS-D", "PHRASE": f"ROOT/{REFS}, ref number 0: the phrase",
     "INSTANCES": f"ROOT/{INSTANCES}", "LIST": "ROOT/output_phrase_train.txt", "MISSING": "files of split 'train' are missing",
-    "MEND": "mend the file or get it again.", "FIRST": "its first line must be image,mask,phrase,split.",
+    "MEND": "mend the file or get it again.", "FIRST": "its first line must name image, mask, phrase.",
     "NEAR": "that is not a list of 3 or more points near the image.", "AGAIN": "get it again from its source.",
     "GO": "fetch them, or leave out their 1 of 1 samples with --skip-missing.", "EMPTY": "write one, or take the sample out.",
 }  # fmt: skip
@@ -191,11 +191,14 @@ CASES = {
         lambda root: shutil.copytree(write_lists(root, ["1 a road"], ["1"]), root / "phrase_txts")],
     "ROOT has phrase lists but no folder mask or masks: put it beside them.": [
         lambda root: (write_lists(root, [], ["1"]) / "masks").rename(root / "annotations")],
-    "$CSV has the columns image, mask, phrase but lacks split: $FIRST": [table(b"image,mask,phrase\n")],
-    "$CSV has the columns  but lacks image, mask, phrase, split: $FIRST": [table(b"")],
+    "$CSV has the columns image, mask, split but lacks phrase: $FIRST": [table(b"image,mask,split\n")],
+    "$CSV has the columns  but lacks image, mask, phrase: $FIRST": [table(b""), table(b"\n,,,\n")],
     "$CSV, line 3 has not as many fields as the first line: quote phrases with commas.": [
         table(HEADER + b"a.png,a.png,a lake,train\na.png,a.png,a lake, blue,train\n")],
-    "$CSV, line 2 has no image, mask or split: fill them in.": [table(HEADER + b"a.png,,a lake,train\n")],
+    "$CSV, line 2 has no image or split: fill them in.": [
+        table(HEADER + row) for row in (b",a.png,a lake,train\n", b"a.png,a.png,a lake,\n")],
+    "$CSV, line 3 gives a.png the category 'sea', a row above 'lake': a target has one.": [
+        table(b"category," + HEADER + b"lake,a.png,a.png,a lake,train\nsea,a.png,a.png,the lake,train\n")],
     "$CSV, line 1 is not sound CSV (field larger than field limit (131072)): mend it.": [table(HEADER + b"x" * 200_000)],
     "$CSV, line 2 is not UTF-8: save the file in that encoding.": [table(HEADER + b"a.png,a.png,caf\xe9,train\n")],
     "$CSV, line 2 holds NUL: take it out.": [table(HEADER + b) for b in (b"a.png,a.png,\0,train\n", b"\0.png,a.png,a,train\n")],

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from torch.utils.data import DataLoader
 
+from annotations.layouts import read_samples
 from data import FIXED, Collate, TrainingOrder, flip_phrase, open_dataset
 from imagery.pixels import resize_image
 from runtime.errors import UserError
@@ -197,6 +199,35 @@ def test_csv_and_collate(tmp_path):
     assert batch["target"].shape == (2, 64, 64) and [m.shape for m in batch["mask"]] == [(40, 50), (20, 25)]
     assert batch["ids"].shape == (2, 3) and batch["lengths"].tolist() == [6, 2]
     assert batch["phrase"] == ["a lake", "no"] and batch["id"] == ["a.png", "a.png+b.png"]
+
+
+@pytest.mark.parametrize("text", [
+    "Image; MASK ;phrase;Split;kind;note;category\nimages\\a.png;masks\\a.png; a lake, blue;Train;PLACE;x;lake\n;;;;;;\n"
+    "./images/a.png;;a ship;train;;;\na.png;a.png;the lake;TRAINING;;;lake\n;;;;;;\n\n",
+    "category\tsplit\tkind\tphrase\tmask\timage\t\nlake\ttrain\tPLACE\ta lake, blue\tmasks/a.png\ta.png\n"
+    "\ttrain\t\ta ship\t\ta.png\t\t\nlake\tTrain\t\tthe lake\ta.png\timages/a.png\t\n",
+], ids=["semicolons", "tabs"])  # fmt: skip
+def test_csv_as_people_write_it(tmp_path, text):
+    (write_csv(tmp_path, []) / "phrases.csv").write_text(text)
+    lake, ship = (dataset := opened(tmp_path)).samples
+    assert (lake.id, lake.phrases, lake.kinds, lake.category) == ("a.png", ("a lake, blue", "the lake"), ("PLACE", ""), "lake")
+    assert (ship.id, ship.phrases, ship.kinds, ship.category) == ("a.png+", ("a ship",), ("",), "")
+    assert np.array_equal(dataset[0]["mask"], box()) and dataset[2]["phrase"] == "a ship"  # one that is not in the image
+    assert dataset[2]["mask"].shape == (40, 50) and not dataset[2]["mask"].any()
+
+
+def test_a_csv_without_splits_is_split_by_image(tmp_path, capsys):
+    def drawn(images):
+        rows = [f"{name},,{phrase}" for name in images for phrase in ("a lake", "a ship")]
+        (tmp_path / "phrases.csv").write_text("\n".join(["image,mask,phrase", *rows]))
+        return {os.path.basename(sample.image): sample.split for sample in read_samples(tmp_path)[2]}
+    splits = drawn(f"{n}.png" for n in range(30))
+    assert Counter(splits.values()) == {"train": 24, "val": 3, "test": 3} and drawn(reversed(splits)) == splits
+    assert capsys.readouterr().out.count("it is drawn by image (train 24, val 3, test 3), the same every time\n") == 1
+    more = drawn(f"{n}.png" for n in range(31))
+    assert sum(more[name] != split for name, split in splits.items()) <= 2
+    assert drawn(["a"]) == {"a": "train"} and [sorted(drawn("abc"[:n]).values()) for n in (2, 3)] == [
+        ["train", "val"], ["test", "train", "val"]]  # fmt: skip
 
 
 def test_names_and_folders(tmp_path, monkeypatch):
