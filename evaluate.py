@@ -1,17 +1,19 @@
-"""Score a checkpoint: Pr@0.5-0.9, oIoU, mIoU and boundary IoU of a split, by two protocols.
+"""Score a checkpoint, or anybody's predictions: Pr@0.5-0.9, oIoU, mIoU and boundary IoU of a split, by two protocols.
 
     python evaluate.py --ckpt best.pt                                  the data set it was trained on, split test
     python evaluate.py --ckpt best.pt --data RRSIS-D --split val --json scores.json
     torchrun --nproc-per-node 8 evaluate.py --ckpt best.pt             on 8 cards, with the same result
+    python evaluate.py --ckpt best.pt --predictions masks.json         writes the masks too, as COCO results
+    python evaluate.py --from masks.json --data RRSIS-D                scores such a file, by both protocols
 
 A sample is one (object, phrase) pair. IoU = I / U of its mask, mIoU their mean, oIoU = sum I / sum U, Pr@X the share of
 samples with IoU >= X; bIoU the mean boundary IoU (Cheng et al., 2021: the IoU of what lies within 2 % of the diagonal of
-the masks' own outlines); all times 100. The protocols:
+the masks' own outlines); all times 100. Some papers call mIoU gIoU and oIoU cIoU. The protocols:
 
     ours   the mask logits are resized in one step (bilinear) to the size the mask is stored at and scored there; a
            correct "nothing there" (both masks empty) counts 1
     paper  scored at the network's input size against the mask resized to it (nearest), in float32, as released; an
-           empty union counts 0
+           empty union counts 0. The masks of --from are resized to 1024 x 1024 (nearest) for it
 """
 
 import argparse
@@ -23,11 +25,15 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Collate, open_dataset
+from annotations.masks import decode_rle
+from annotations.predictions import encode, read_predictions, to_json
+from data import Collate, ReferringDataset, open_dataset
 from imagery.pictures import captioned, fitted, grid, lit
+from imagery.results import probabilities
 from model import count_parameters
 from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
@@ -35,6 +41,7 @@ from runtime.processes import gather, process_group, rank, rank_0_first, world_s
 from runtime.run_folder import free_path, write_whole
 from runtime.signals import ignore_signals
 from weights.checkpoints import load_checkpoint
+from weights.provenance import provenance, weights_line
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 PROTOCOLS = ("ours", "paper")
@@ -114,13 +121,31 @@ def bootstrap(rows: list[dict], protocol: str, draws: int = 1000) -> dict[str, l
 
 def masks_at(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """Mask logits (1, 1, h, w) -> bool (H, W) at `size`."""
-    return (F.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0] > 0).cpu().numpy()
+    return logits_at(logits, size) > 0
+
+
+def logits_at(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Mask logits (1, 1, h, w) -> (H, W) at `size`."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
+
+
+def scored_row(item: dict, prediction: np.ndarray, target: torch.Tensor, protocol: str) -> dict:
+    """The row of a sample: what it is, and how its prediction, bool (H, W), meets its target, uint8 (H, W)."""
+    truth = target.cpu().numpy()
+    intersection, union = iou_counts(prediction, truth)
+    share = float(target.float().mean())
+    row = {key: item[key] for key in ("id", "file", "scene", "phrase", "kind", "category")}
+    row |= {"intersection": intersection, "union": union, "iou": float(sample_iou(intersection, union, protocol))}
+    return row | {"share": share, "size": size_name(share), "boundary_iou": boundary_iou(prediction, truth, protocol)}
 
 
 @torch.inference_mode()
-def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", forward=None) -> list[dict]:
+def score(
+    model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", forward=None, masks=False
+) -> list[dict]:
     """Run the model over a data set -> one row a sample: id, file, phrase, kind, category, intersection, union, iou,
-    boundary_iou, and of the true mask its share of the image and the name of its size.
+    boundary_iou, and of the true mask its share of the image and the name of its size; with `masks` also the predicted one at
+    the size the true one is stored at, "segmentation", as an RLE, and its "confidence", the mean probability inside it.
 
     The model is put into evaluation mode and back. `forward` is what is called instead of it (its compiled form).
     Several processes take whole batches in turn, the same ones whatever their number, and each returns all rows.
@@ -140,17 +165,32 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
         with autocast(device) if protocol == "ours" else contextlib.nullcontext():
             output = forward(*images, batch["ids"], batch["lengths"])
         for i, logits in enumerate(output.logits.float().split(1)):
-            target = batch["mask"][i] if protocol == "ours" else batch["target"][i]
-            prediction, truth = masks_at(logits, target.shape), target.cpu().numpy()
-            intersection, union = iou_counts(prediction, truth)
-            iou, share = float(sample_iou(intersection, union, protocol)), float(target.float().mean())
-            row = {key: batch[key][i] for key in ("id", "file", "scene", "phrase", "kind", "category")}
-            row |= {"intersection": intersection, "union": union, "iou": iou, "share": share, "size": size_name(share)}
-            row["boundary_iou"] = boundary_iou(prediction, truth, protocol)
-            rows[indices[i]] = row
+            item = {key: values[i] for key, values in batch.items()}
+            target = item["mask"] if protocol == "ours" else item["target"]
+            row = rows[indices[i]] = scored_row(item, masks_at(logits, target.shape), target, protocol)
+            if masks:
+                whole = logits_at(logits, item["mask"].shape)
+                inside = probabilities(whole[whole > 0])
+                row |= {"segmentation": encode(whole > 0), "confidence": float(inside.mean()) if inside.size else 0.0}
     model.train(was_training)
     rows = {index: row for part in gather(rows) for index, row in part.items()}
     return [rows[index] for index in range(size)]
+
+
+def score_predictions(found: list[dict], dataset: ReferringDataset, protocol: str, workers: int = 0) -> list[dict]:
+    """The rows of `score` for predicted masks, an RLE for each item of the data set. A mask of another size than the one it is
+    scored at is resized to it (nearest)."""
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
+    rows = []
+    for rle, item in zip(found, tqdm(loader, "scoring", leave=False, disable=None)):
+        prediction, target = decode_rle(rle), item["mask"] if protocol == "ours" else item["target"]
+        rows.append(scored_row(item, resized(prediction, target.shape) > 0, target, protocol))
+    return rows
+
+
+def resized(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A mask, uint8 (h, w), at the size (H, W), as imagery.pixels resizes the true ones."""
+    return np.array(Image.fromarray(mask).resize(shape[::-1], Image.NEAREST))
 
 
 def table(scores: dict[str, dict[str, float]]) -> str:
@@ -170,19 +210,27 @@ def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
     model.eval()
     rows = []
     for index in indices:
-        batch = to_device(Collate(model.union_encoder.tokenizer)([dataset[index]]), device)
+        batch = to_device(Collate(model.union_encoder.tokenizer)([item := dataset[index]]), device)
         with autocast(device):
             output = model(*model.normalise(batch["image"], batch["encoder_image"]), batch["ids"], batch["lengths"])
-        truth = batch["mask"][0].cpu().numpy()
-        prediction = masks_at(output.logits.float(), truth.shape)
         pseudo = [] if output.pseudo_mask is None else [output.pseudo_mask.float().sigmoid()[0, 0].cpu().numpy()]
-        iou = float(sample_iou(*iou_counts(prediction, truth), "ours"))
-        image = fitted(batch["image"][0].permute(1, 2, 0).cpu().numpy(), 256, 256)
-        cells = [image, *(lit(image, mask) for mask in (truth, *pseudo, prediction))]
-        rows.append([captioned(grid([cells]), f"IoU {iou:.2f}  {batch['phrase'][0]}")])
-    _, png = cv2.imencode(".png", cv2.cvtColor(grid(rows), cv2.COLOR_RGB2BGR))
-    write_whole(path, lambda file: file.write(png.tobytes()))
+        rows.append(panel(item, masks_at(output.logits.float(), item["mask"].shape), pseudo))
+    save_picture(path, grid(rows))
     model.train(was_training)
+
+
+def panel(item: dict, prediction: np.ndarray, pseudo: list[np.ndarray]) -> list[np.ndarray]:
+    """A row of panels."""
+    truth = item["mask"].numpy()
+    iou = float(sample_iou(*iou_counts(prediction, truth), "ours"))
+    image = fitted(item["image"].permute(1, 2, 0).numpy(), 256, 256)
+    cells = [image, *(lit(image, mask) for mask in (truth, *pseudo, prediction))]
+    return [captioned(grid([cells]), f"IoU {iou:.2f}  {item['phrase']}")]
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    write_whole(path, lambda file: file.write(png.tobytes()))
 
 
 def best_median_worst(rows: list[dict], n: int) -> list[int]:
@@ -214,45 +262,101 @@ def print_results(result: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--ckpt", type=Path, default="best.pt", help="a checkpoint of train.py (default: best.pt)")
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group()
+    # fmt: off
+    source.add_argument("--ckpt", type=Path, default="best.pt", help="a checkpoint of train.py (default: best.pt)")
+    source.add_argument("--from", dest="masks", type=Path, metavar="FILE",
+        help="score the predictions in this file, as --predictions writes it, whoever made them")
     add("--data", help="data set by name or path (default: the one the checkpoint was trained on)")
     add("--split", help="train, val or test (default: test, or val where there is none)")
-    add("--protocol", choices=PROTOCOLS, default="ours", help="how to score, see above (default: ours)")
+    add("--protocol", choices=PROTOCOLS, help="how to score, see above (default: ours; with --from both)")
     add("--json", type=Path, metavar="FILE", help="write scores and one row a sample here")
+    add("--predictions", type=Path, metavar="FILE", help="write the predicted masks here, as COCO results")
     add("--panels", type=int, default=0, metavar="N", help="write pictures of N best, median and worst cases")
+    add("--ids", nargs="+", default=[], metavar="ID", help="write pictures of these samples instead (ids as in --json)")
     add("--skip-missing", action="store_true", help="leave out samples whose files are missing")
+    # fmt: on
     args = parser.parse_args()
     with process_group(), exit_on_user_error("evaluate.py"):
-        evaluate(args)
+        for path in filter(None, (args.json, args.predictions)):
+            if path.exists() or not path.parent.is_dir():
+                raise UserError(f"{path} exists or has no folder: name another file, nothing is overwritten")
+        (evaluate_file if args.masks else evaluate)(args)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """What the command line asks for: scores on the screen, and in files where wanted."""
-    if args.json and (args.json.exists() or not args.json.parent.is_dir()):
-        raise UserError(f"{args.json} exists or has no folder: name another file, nothing is overwritten")
+    """Score a checkpoint as the command line says: on the screen, and in files where wanted."""
+    protocol = args.protocol or "ours"
     with rank_0_first():
         model, checkpoint = load_checkpoint(args.ckpt, pick_device(None))
         data, dataset = open_for(model, checkpoint, args, skip_missing=args.skip_missing)
-    if torch.cuda.is_available() and args.protocol == "ours":
+        chosen = numbers_of(dataset, args.ids)
+    if torch.cuda.is_available() and protocol == "ours":
         model.requires_grad_(False).cast_frozen(compute_dtype())
-    rows = score(model, dataset, args.protocol, workers=default_workers())
+    print(weights_line(args.ckpt, checkpoint), flush=True)
+    rows = score(model, dataset, protocol, workers=default_workers(), masks=args.predictions is not None)
     if rank():
         return
-    result = results_by_group(rows, args.protocol)
-    print(f"{args.ckpt} on {data}, split {dataset.split}, protocol {args.protocol}")
-    print_results(result)
+    if args.predictions:
+        write_whole(args.predictions, lambda file: file.write(to_json(rows)))
+        print(f"wrote {args.predictions}")
+        rows = [{k: v for k, v in row.items() if k not in ("segmentation", "confidence")} for row in rows]
+    facts = {k: checkpoint[k] for k in ("model_name", "revision", "epoch")} | {"weights": provenance(checkpoint)}
+    facts |= {"parameters": count_parameters(model)["total"], "ckpt": str(args.ckpt), "data": data}
+    present(args, facts, dataset.split, {protocol: rows})
+    if indices := chosen or best_median_worst(rows, args.panels):
+        path = free_path(Path(f"panels-{dataset.split}.png"))
+        write_panels(path, model, dataset, indices)
+        print(f"wrote {path}")
+
+
+def evaluate_file(args: argparse.Namespace) -> None:
+    """Score the predictions in a file, by both protocols or by one."""
+    if args.data is None or args.predictions:
+        raise UserError("--from scores a file of masks: it needs --data, and --predictions has nothing to write")
+    dataset = open_dataset(args.data, args.split, skip_missing=args.skip_missing)
+    chosen, samples = numbers_of(dataset, args.ids), [(dataset.samples[i], j) for i, j in dataset.items]
+    found, unused = read_predictions(args.masks, [(s.id, s.image, s.phrases[j]) for s, j in samples])
+    if unused:
+        print(f"{unused:,} predictions in {args.masks} are for no phrase of split {dataset.split} and were left out")
+    results = {}
+    for protocol in [args.protocol] if args.protocol else PROTOCOLS:
+        results[protocol] = score_predictions(found, dataset, protocol, default_workers())
+    if rank():
+        return
+    rows = next(iter(results.values()))
+    present(args, {"from": str(args.masks), "data": args.data}, dataset.split, results)
+    if indices := chosen or best_median_worst(rows, args.panels):
+        path = free_path(Path(f"panels-{dataset.split}.png"))
+        pairs = ((dataset[index], decode_rle(found[index])) for index in indices)
+        save_picture(path, grid([panel(item, resized(mask, item["mask"].shape), []) for item, mask in pairs]))
+        print(f"wrote {path}")
+
+
+def numbers_of(dataset: ReferringDataset, ids: list[str]) -> list[int]:
+    """The indices of the items of these samples, in the order of the ids; UserError for an id that no sample has."""
+    known = {}
+    for number, (i, _) in enumerate(dataset.items):
+        known.setdefault(dataset.samples[i].id, []).append(number)
+    if unknown := [id for id in ids if id not in known]:
+        raise UserError(f"--ids {unknown[0]}: split {dataset.split} has no such sample, but {', '.join([*known][:5])} ...")
+    return [number for id in dict.fromkeys(ids) for number in known[id]]
+
+
+def present(args: argparse.Namespace, facts: dict, split: str, results: dict[str, list[dict]]) -> None:
+    """Print the scores of a split by each protocol, and write them with all rows where --json asks for it; the second
+    protocol's are an entry of their own there."""
+    texts = {}
+    for protocol, rows in results.items():
+        result = results_by_group(rows, protocol)
+        print(f"{facts.get('ckpt') or facts['from']} on {facts['data']}, split {split}, protocol {protocol}")
+        print_results(result)
+        texts[protocol] = {"protocol": protocol} | result | {"rows": rows}
     if args.json:
-        facts = {k: checkpoint[k] for k in ("model_name", "revision", "epoch")}
-        facts["parameters"] = count_parameters(model)["total"]
-        facts |= {"ckpt": str(args.ckpt), "data": data, "split": dataset.split, "protocol": args.protocol}
-        text = json.dumps(facts | result | {"rows": rows}, indent=1)
+        first, *second = texts.values()
+        text = json.dumps(facts | {"split": split} | first | {more["protocol"]: more for more in second}, indent=1)
         write_whole(args.json, lambda file: file.write(text.encode()))
         print(f"wrote {args.json}")
-    if args.panels:
-        path = free_path(Path(f"panels-{dataset.split}.png"))
-        write_panels(path, model, dataset, best_median_worst(rows, args.panels))
-        print(f"wrote {path}")
 
 
 def open_for(model, checkpoint: dict, args: argparse.Namespace, **options):

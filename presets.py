@@ -3,13 +3,16 @@
     tiny    learns generated scenes on a CPU in minutes          base, large    SAM 2.1 with a CLIP of open_clip
     paper   the published network and recipe: SAM 2 Hiera-L with BEiT-3-L
 
-A model of your own is an entry in PRESETS and one in RECIPES. Checkpoints hold both records completely, as plain values,
-so a checkpoint means the same after this file has changed. `--set name=value` of train.py changes one number of a run.
+A model of your own is an entry in PRESETS, and in RECIPES only where the default Recipe is not its own. Checkpoints hold
+both records completely, as plain values, so a checkpoint means the same after this file has changed. `--set name=value` of
+train.py changes one number of a run.
 """
 
 import ast
 import math
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+import re
+import textwrap
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from types import GenericAlias
 from typing import get_origin
 
@@ -105,15 +108,13 @@ PRESETS = {
     "paper": Preset(sam2="sam2/sam2_hiera_l.yaml", encoder="beit3"),
 }  # fmt: skip
 
-RECIPES = {
+RECIPES = dict.fromkeys(PRESETS, Recipe()) | {
     "tiny": Recipe(
         samples=24_000, epoch_range=(280, 4000), cpu_processes=4, lr=1.4e-3, foundation_rate=1.0, betas=(0.9, 0.98),
         weight_decay=0.02, muon=2.0, augment=None,
         # The boundary loss's coefficient was measured: at the paper's 0.2 the term is worth less than another seed.
         losses={"cross_entropy": 1.0, "dice": 1.0, "boundary": 1.0, "pseudo_mask": 5.0},
     ),
-    "base": Recipe(),
-    "large": Recipe(),
     "paper": Recipe(
         schedule="constant", clip=math.inf, ema=0.0, augment="paper",
         losses={"cross_entropy": 1.0, "dice": 0.1, "published_boundary": 0.2},
@@ -128,7 +129,7 @@ def with_settings(preset: Preset, recipe: Recipe, settings: list[str]) -> tuple[
     """The records with "name=value" settings applied, in their order; UserError for what no run could be made of.
 
     name: a field of Preset or Recipe, or NAME.KEY for a key of a dictionary or of `architecture`. value: a Python literal,
-    or text that stands for itself.
+    or text that stands for itself; `inf` is a number. A setting of `epochs` takes the budget in samples away.
     """
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -140,6 +141,7 @@ def with_settings(preset: Preset, recipe: Recipe, settings: list[str]) -> tuple[
             preset = _with_setting(preset, name, _value(text), setting)
         else:
             recipe = _with_setting(recipe, name, _value(text), setting)
+            recipe = replace(recipe, samples=0) if name == "epochs" else recipe
         _check(preset, recipe, setting)
     return preset, recipe
 
@@ -158,7 +160,7 @@ def _check(preset: Preset, recipe: Recipe, setting: str) -> None:
 
 def _value(text: str):
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(re.sub(r"(?<!\w)inf(?!\w)", "1e999", text))
     except (ValueError, SyntaxError):
         return text
 
@@ -183,3 +185,25 @@ def _with_setting(record, name: str, value, setting: str):
         wanted, given = getattr(kind, "__name__", kind), type(value).__name__
         raise UserError(f"--set {setting}: {name} is of kind {wanted} (now {old!r}), {value!r} is {given}")
     return replace(record, **{key: value}) if of_record else {**record, key: value}
+
+
+def settings_of(*records) -> dict:
+    """The numbers of records by the names that `--set` takes: {"lr": 1e-4, "losses.dice": 0.1, ...}."""
+    flat = {}
+    for record in records:
+        for name, value in (asdict(record) if is_dataclass(record) else record).items():
+            parts = settings_of(value) if isinstance(value, dict) else {}
+            flat |= {f"{name}.{key}": part for key, part in parts.items()} or {name: value}
+    return flat
+
+
+def differences(old: tuple, new: tuple) -> dict[str, tuple]:
+    """{name: (value in the old records, value in the new ones)} of what differs; None where one has no such name."""
+    old, new = settings_of(*old), settings_of(*new)
+    return {name: (old.get(name), new.get(name)) for name in old | new if old.get(name) != new.get(name)}
+
+
+def in_words(title: str, record) -> str:
+    """Lines with all numbers of a record, as `--set` takes them."""
+    values = (f"{name}={value}".replace(" ", "") for name, value in settings_of(record).items())
+    return textwrap.fill(" ".join(values), 120, initial_indent=f"{title}: ", subsequent_indent="  ", break_on_hyphens=False)

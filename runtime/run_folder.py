@@ -38,10 +38,11 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 class RunFolder:
-    """last.pt (all that --resume needs), best.pt (all that evaluate.py needs) and log.jsonl (a line an epoch)."""
+    """last.pt (all that --resume needs), best.pt (all that evaluate.py needs) and log.jsonl (what the run is, then a line an
+    epoch). ./best.pt is linked to the first best.pt that is saved here, so of several runs the newest has the link."""
 
     def __init__(self, path: Path):
-        self.path, self.last, self.best = path, path / "last.pt", path / "best.pt"
+        self.path, self.last, self.best, self.linked = path, path / "last.pt", path / "best.pt", False
 
     def taken(self) -> bool:
         """Whether a run is there already."""
@@ -64,7 +65,9 @@ class RunFolder:
 
     def save_best(self, checkpoint: dict) -> None:
         write_checkpoint(self.best, checkpoint)
-        link_best(self.best)
+        if not self.linked:
+            link_best(self.best)
+        self.linked = True
 
     def write_log(self, log: list[dict]) -> None:
         if log:
@@ -73,14 +76,18 @@ class RunFolder:
 
 
 def link_best(best: Path, link: Path = Path("best.pt")) -> None:
-    """Point ./best.pt at a run's best. A regular file of that name is left alone; where there can be no link, none is made."""
+    """Point ./best.pt at a run's best, and say what it pointed at before. A regular file of that name is left alone; where
+    there can be no link, none is made."""
     if link.exists() and not link.is_symlink():
         print(f"{link} is a file of yours and stays as it is; this run's best is {best}")
         return
     part = link.with_name(f"{link.name}.{os.getpid()}")  # replaced in one go: several runs may end at the same time
+    before, now = os.readlink(link) if link.is_symlink() else None, os.path.relpath(best, link.parent)
     try:
-        part.symlink_to(os.path.relpath(best, link.parent))
+        part.symlink_to(now)
         os.replace(part, link)
+        if before not in (None, now):
+            print(f"{link} links to {now} from now on, not to {before}", flush=True)
     except OSError as error:  # a file system without links, or a folder of somebody else's: no reason to end a run
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import evaluate
+from annotations.masks import decode_rle
+from annotations.predictions import encode, read_predictions
 from data import open_dataset
 from model import RS2SAM2, Output
 from presets import PRESETS
+from runtime.errors import UserError
 from synthetic_scenes.scenes import make_scenes
 from weights.checkpoints import model_entries
+from weights.provenance import in_words, provenance, taught, words
 
 
 def test_iou_by_hand():
@@ -164,12 +169,16 @@ def test_two_processes_count_nothing_twice(scenes, monkeypatch, batch_size, batc
     assert sorted([*parts[0], *parts[1]]) == list(range(10))
 
 
+ORIGIN = {"file": "old/best.pt", "model": "tiny", "run": "runs/old", "data": "scenes", "epoch": 6, "score": None, "init": None}
+
+
 @pytest.fixture(scope="module")
 def checkpoint(scenes, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     clip = PRESETS["tiny"].encoder_name | {"vision_cfg": PRESETS["tiny"].encoder_name["vision_cfg"] | {"image_size": 32}}
     model = RS2SAM2(replace(PRESETS["tiny"], image_size=64, encoder_name=clip))
     facts = {"recipe": {}, "left_out": [], "model_name": "tiny", "revision": "abc", "epoch": 3, "data": str(scenes)}
+    facts |= {"args": {"out": "runs/s-1"}, "metrics": {"mIoU": 71.5, "oIoU": 70.25, "samples": 10}, "init": ORIGIN}
     path = tmp_path_factory.mktemp("run") / "best.pt"
     torch.save(model_entries(model) | facts, path)
     return path
@@ -197,14 +206,20 @@ def call(tmp_path, monkeypatch, capsys):
 
 
 def test_evaluation_needs_the_checkpoint_alone(call, scenes, checkpoint):
-    printed = call("--ckpt", checkpoint, "--json", "s.json", "--panels", 3)
-    assert printed.startswith(f"{checkpoint} on {scenes}, split test, protocol ours\n")
+    Path("best.pt").symlink_to(checkpoint)
+    printed = call("--json", "s.json", "--panels", 3).splitlines(keepends=True)
+    assert printed[0] == (f"best.pt -> {checkpoint}: tiny, run runs/s-1, trained on {scenes}, epoch 3, validation mIoU 71.50, "
+                          "oIoU 70.25, fine-tuned from old/best.pt (tiny, run runs/old, trained on scenes, epoch 6)\n")
+    printed = "".join(printed[1:])
+    assert printed.startswith(f"best.pt on {scenes}, split test, protocol ours\n")
     assert "95 % intervals" in printed and printed.endswith("wrote s.json\nwrote panels-test.png\n")
     result = json.loads(Path("s.json").read_text())
     rows = result["rows"]
     assert len(rows) == result["scores"]["samples"] == 5 and result["epoch"] == 3 and result["revision"] == "abc"
     assert (result["model_name"], result["split"], result["protocol"]) == ("tiny", "test", "ours")
     assert result["parameters"] > 4_000_000
+    assert result["weights"] == {"model": "tiny", "run": "runs/s-1", "data": str(scenes), "epoch": 3, "revision": "abc",
+                                 "score": {"mIoU": 71.5, "oIoU": 70.25}, "init": ORIGIN}  # fmt: skip
     assert result["scores"]["mIoU"] == pytest.approx(100 * np.mean([r["iou"] for r in rows]))
     for group in ("by kind", "by size", "by category"):
         assert sum(scores["samples"] for scores in result[group].values()) == len(rows)
@@ -213,13 +228,137 @@ def test_evaluation_needs_the_checkpoint_alone(call, scenes, checkpoint):
     call("--ckpt", checkpoint, "--panels", 1, "--split", "val", "--protocol", "paper")
     call("--ckpt", checkpoint, "--panels", 1)
     assert "torchrun --nproc-per-node 8 evaluate.py" in call("--help")
-    assert {p.name for p in Path().iterdir()} == {"s.json", "panels-test.png", "panels-test-2.png", "panels-val.png"}
+    assert {p.name for p in Path().glob("[!b]*")} == {"s.json", "panels-test.png", "panels-test-2.png", "panels-val.png"}
+
+
+def test_panels_of_chosen_samples(call, scenes, checkpoint, monkeypatch):
+    drawn, panel = [], evaluate.panel
+    monkeypatch.setattr(evaluate, "panel", lambda item, *masks: drawn.append(item["id"]) or panel(item, *masks))
+    ids = [sample.id for sample in open_dataset(scenes, "test").samples][2::-2]
+    call("--ckpt", checkpoint, "--ids", *ids, "--predictions", "p.json")
+    assert list(dict.fromkeys(drawn)) == ids and cv2.imread("panels-test.png").shape[1] == 4 * 256
+    drawn.clear()
+    call("--from", "p.json", "--data", scenes, "--ids", ids[0], "--protocol", "ours")
+    assert set(drawn) == {ids[0]} and cv2.imread("panels-test-2.png").shape[1] == 3 * 256  # no pseudo-mask
+    assert "--ids 99: split test has no such sample, but " in call("--ckpt", checkpoint, "--ids", 99, code=2)
+
+
+def test_predictions_come_back_exactly(call, scenes, checkpoint):
+    """Their scores in protocol `ours` are those of the model, row by row; in `paper` those of masks resized to 1024 pixels."""
+    call("--ckpt", checkpoint, "--predictions", "p.json", "--json", "a.json")
+    printed = call("--from", "p.json", "--data", scenes, "--json", "b.json")
+    assert f"p.json on {scenes}, split test, protocol ours\n" in printed and "split test, protocol paper\n" in printed
+    a, b, entries = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json", "p.json"))
+    for key in ("scores", "rows", "by kind", "protocol", "split", "data"):
+        assert a[key] == b[key], key
+    dataset = open_dataset(scenes, "test", image_size=1024)
+    for entry, item, row in zip(entries, dataset, b["paper"]["rows"], strict=True):
+        assert entry["id"] == item["id"] and entry["image"] == Path(item["file"]).name and 0 <= entry["score"] <= 1
+        assert entry["phrase"] == item["phrase"] and entry["segmentation"]["size"] == [96, 96]
+        mask = decode_rle(entry["segmentation"])
+        large, target = np.array(Image.fromarray(mask).resize((1024, 1024), Image.NEAREST)), item["target"].numpy()
+        assert (row["intersection"], row["union"]) == ((large & target).sum(), (large | target).sum())
+    call("--ckpt", checkpoint, "--protocol", "paper", "--predictions", "q.json")  # of the stored size too
+    assert {tuple(entry["segmentation"]["size"]) for entry in json.loads(Path("q.json").read_text())} == {(96, 96)}
+
+
+def test_the_confidence_is_the_mean_probability_inside(scenes):
+    dataset = open_dataset(scenes, "val", image_size=64, encoder_size=32)
+    for row, item in zip(evaluate.score(Bright(), dataset, "ours", masks=True), dataset):
+        logits = F.avg_pool2d((item["image"][None] / 255).mean(1, keepdim=True), 4) - 0.5
+        whole = F.interpolate(logits, (96, 96), mode="bilinear")[0, 0]
+        assert (decode_rle(row["segmentation"]) == (whole > 0).numpy()).all()
+        assert row["confidence"] == pytest.approx(float(whole[whole > 0].sigmoid().mean()), abs=1e-6)
+
+
+def test_anybody_s_predictions(call, scenes):
+    """Without ids, in capitals, at another size, in another order, with others among them: each reaches its phrase."""
+    dataset = open_dataset(scenes, "test", image_size=64)
+    halves = [np.repeat([[1, 0]], 24, 0).repeat(24, 1), np.repeat([[0, 1]], 24, 0).repeat(24, 1)]
+    entries = [
+        {"image": f"somewhere/{Path(item['file']).name}", "phrase": item["phrase"].upper().replace(" ", "  "),
+         "segmentation": encode(halves[n % 2])} for n, item in enumerate(dataset)
+    ]  # fmt: skip
+    Path("p.json").write_text(json.dumps([*entries[::-1], entries[0] | {"phrase": "nobody asks for it"}]))
+    printed = call("--from", "p.json", "--data", scenes, "--protocol", "ours", "--json", "s.json")
+    assert printed.startswith("1 predictions in p.json are for no phrase of split test and were left out\n")
+    for n, (row, item) in enumerate(zip(json.loads(Path("s.json").read_text())["rows"], dataset, strict=True)):
+        half = item["mask"].numpy()[:, :48] if n % 2 == 0 else item["mask"].numpy()[:, 48:]
+        assert row["intersection"] == half.sum() and row["union"] == 96 * 48 + item["mask"].sum() - half.sum()
+
+
+def test_what_is_wrong_with_predictions_is_one_sentence(call, scenes, checkpoint):
+    Path("there.json").write_text("mine")
+    call("--ckpt", checkpoint, "--predictions", "p.json")
+    sound = json.loads(Path("p.json").read_text())
+    no_id = [{k: v for k, v in entry.items() if k != "id"} for entry in sound]
+    for number, (entries, told) in enumerate((
+        (sound[1:], f"has no prediction for 1 of 5 phrases (the first: {sound[0]['phrase']!r} of {sound[0]['image']}, id"),
+        ([], "is no JSON list of predictions"),
+        ({"masks": sound}, "is no JSON list of predictions"),
+        ([*sound, 3], "entry 6 is no prediction ("),
+        ([*sound, {"image": "1.jpg"}], "entry 6 is no prediction (it lacks 'phrase'): it needs image, phrase and segmentation"),
+        ([sound[0] | {"segmentation": {"size": [96, 96], "counts": "0"}}], "entry 1 is no prediction (the mask is not RLE"),
+        ([*sound, sound[0] | {"segmentation": encode(np.ones((9, 9)))}], f"has two different masks for {sound[0]['image']}"),
+        ([*no_id, no_id[0] | {"segmentation": encode(np.ones((9, 9)))}], "leave one, or give each its id"),
+    )):  # fmt: skip
+        Path(f"{number}.json").write_text(json.dumps(entries))
+        printed = call("--from", f"{number}.json", "--data", scenes, code=2)
+        assert printed.startswith(f"evaluate.py: {number}.json") and told in printed and printed.count("\n") == 1
+    for args, told in (
+        (("--from", "p.json"), "--from scores a file of masks: it needs --data"),
+        (("--from", "p.json", "--data", scenes, "--predictions", "q.json"), "--predictions has nothing to write"),
+        (("--from", "nowhere.json", "--data", scenes), "nowhere.json can't be read (No such file or directory)"),
+        (("--from", "there.json", "--data", scenes), "there.json is not sound JSON"),
+        (("--from", "p.json", "--ckpt", checkpoint), "argument --ckpt: not allowed with argument --from"),
+        (("--ckpt", checkpoint, "--predictions", "there.json"), "there.json exists or has no folder"),
+    ):
+        assert told in call(*args, code=2)
+    assert Path("there.json").read_text() == "mine"
+
+
+def test_two_images_of_one_name_need_an_id(tmp_path):
+    rle, path = encode(np.ones((2, 2))), tmp_path / "p.json"
+    wanted = [("1", "a/x.png", "the ship"), ("2", "b/x.png", "the ship"), ("3", "b/x.png", "the tank")]
+    entries = [{"image": "x.png", "phrase": phrase, "segmentation": rle} for phrase in ("the ship", "the tank")]
+    path.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match="x.png is the name of two images, a/x.png and b/x.png: give each entry its id"):
+        read_predictions(path, wanted)
+    assert read_predictions(path, wanted[1:]) == ([rle, rle], 0)
+    empty = encode(np.zeros((2, 2)))
+    path.write_text(json.dumps([entries[0] | {"id": 1}, entries[0] | {"id": "2", "segmentation": empty}, entries[1]]))
+    assert read_predictions(path, wanted) == ([rle, empty, rle], 0)
+
+
+def test_provenance_and_what_was_taught(scenes, tmp_path):
+    """Of checkpoints that know it, of older ones and of published weights."""
+    assert provenance({"model_name": "paper", "data": None, "epoch": None, "revision": ""}) == dict.fromkeys(
+        ("run", "data", "epoch", "score", "revision", "init")) | {"model": "paper"}  # fmt: skip
+    old = {"model_name": "tiny", "data": "scenes", "epoch": 2, "args": {"out": "runs/a", "init": "x.pt"}, "metrics": {}}
+    assert provenance(old)["init"] == {"file": "x.pt"}
+    assert in_words(provenance(old)) == "tiny, run runs/a, trained on scenes, epoch 2, fine-tuned from x.pt"
+    lesson = taught(train_set := open_dataset(scenes, "train"))
+    assert lesson["data"] == "scenes" and lesson["generated"] and lesson["words"] == sorted(set(lesson["words"]))
+    assert set(lesson["words"]) == {word for _, phrases in said(train_set) for word in phrases.lower().split()}
+    assert words("The  Big-ship's left, 2 m") == ["the", "big-ship's", "left", "2", "m"]
+    csv = tmp_path / "mine"
+    for folder in (csv / "images", csv / "masks"):
+        folder.mkdir(parents=True)
+        cv2.imwrite(str(folder / "1.png"), np.ones((8, 8), np.uint8))
+    (csv / "phrases.csv").write_text("image,mask,phrase,split\n1.png,1.png,The Café,train\n")
+    assert taught(open_dataset(csv, "train")) == {"data": "mine", "generated": False, "words": ["café", "the"]}
+
+
+def said(dataset) -> list[tuple[str, str]]:
+    return [(sample.id, phrase) for sample in dataset.samples for phrase in sample.phrases]
 
 
 def test_evaluate_s_errors_are_one_sentence(call, checkpoint, monkeypatch):
     Path("there.json").write_text("mine")
+    Path("dangling.pt").symlink_to("runs/gone/best.pt")
     for args, code, told in (
         ((), 2, "no checkpoint at best.pt"),
+        (("--ckpt", "dangling.pt"), 2, "dangling.pt is a link to runs/gone/best.pt, which is not there"),
         (("--ckpt", checkpoint, "--json", "there.json"), 2, "there.json exists"),
         (("--ckpt", checkpoint, "--json", "no/s.json"), 2, "no/s.json exists or has no folder: name another file"),
         (("--ckpt", checkpoint, "--split", "dev"), 2, "has no samples in split 'dev', its splits are: train"),

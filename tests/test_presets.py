@@ -3,29 +3,37 @@
 import ast
 import math
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._device import DeviceContext
 
+import presets
 from encoder import BEiT3Encoder
 from fusion import PUBLISHED, Architecture
 from losses import TERMS
 from model import RS2SAM2, count_parameters
-from presets import OURS, PRESETS, RECIPES, with_settings
+from presets import OURS, PRESETS, RECIPES, Recipe, differences, in_words, settings_of, with_settings
 from runtime.errors import UserError
 from train import learning_rate, parameter_groups
 from weights.names import is_unused, our_name
+from weights.recipes import news, resolve
 
 PUBLISHED_FACTS = Path(os.environ.get("FIXTURES", "")) / "full" / "state_dict_keys.tsv"
 
 
 def test_every_preset_has_a_recipe_whose_loss_is_known():
-    assert PRESETS.keys() == RECIPES.keys()
+    assert PRESETS.keys() == RECIPES.keys() and RECIPES["base"] == RECIPES["large"] == Recipe()
     for recipe in RECIPES.values():
         assert recipe.losses.keys() <= TERMS.keys() and len(recipe.losses) >= 3
+
+
+def test_a_preset_of_one_s_own_is_one_line_with_the_default_recipe():
+    mine = 'PRESETS = {\n    "mine": Preset(sam2="x", encoder="y"),'
+    exec(Path(presets.__file__).read_text().replace("PRESETS = {", mine, 1), names := {"__name__": "presets"})
+    assert names["RECIPES"]["mine"] == names["Recipe"]() and asdict(names["RECIPES"]["tiny"]) == asdict(RECIPES["tiny"])
 
 
 def test_records_are_plain_values():
@@ -64,6 +72,61 @@ def test_settings_change_what_they_name():
     assert new_recipe.losses == recipe.losses | {"dice": 2.0, "published_boundary": 0.5}
     assert type(with_settings(preset, recipe, ["lr=1"])[1].lr) is float
     assert (preset, recipe) == (PRESETS["tiny"], RECIPES["tiny"]) and preset.trunk["embed_dim"] == 16  # as before
+    for settings, epochs, samples in ((["epochs=3"], 3, 0), (["epochs=3", "samples=99"], 3, 99)):  # tiny has samples
+        assert [getattr(with_settings(preset, recipe, settings)[1], key) for key in ("epochs", "samples")] == [epochs, samples]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_printed_of_a_preset_and_its_recipe_is_what_set_takes(name):
+    preset, recipe = PRESETS[name], RECIPES[name]
+    text = f"{in_words('preset', preset)}\n{in_words('recipe', recipe)}"
+    assert all(len(line) <= 120 for line in text.splitlines())
+    settings = [word for word in text.split() if "=" in word]
+    assert len(settings) == len(settings_of(preset, recipe)) and {"lr", "losses.dice"} < {s.partition("=")[0] for s in settings}
+    blank = replace(recipe, lr=9.0, clip=9.0, betas=(0.0, 0.0), epoch_range=(9, 9), schedule="constant", augment=None)
+    for start in (recipe, blank):
+        assert with_settings(preset, start, settings) == (preset, recipe)
+
+
+def test_differences_are_named_as_set_names_them():
+    old = (PRESETS["tiny"], RECIPES["tiny"])
+    new = with_settings(*old, ["losses.dice=0.5", "losses.published_boundary=1", "trunk.embed_dim=8", "lr=1.4e-3"])
+    assert differences(old, old) == {}
+    assert differences(old, new) == {"losses.dice": (1.0, 0.5), "losses.published_boundary": (None, 1.0),
+                                     "trunk.embed_dim": (16, 8)}  # fmt: skip
+
+
+def stored(preset, recipe, **args) -> dict:
+    return {"preset": asdict(preset), "recipe": asdict(recipe), "args": {"set": []} | args}
+
+
+def test_what_a_run_that_goes_on_may_change_and_is_told():
+    preset, recipe = with_settings(PRESETS["tiny"], RECIPES["tiny"], ["losses.dice=0.5"])
+    checkpoint = stored(preset, recipe, set=["losses.dice=0.5"])
+    assert resolve("tiny", [], checkpoint, resume=True) == (preset, recipe)
+    new = resolve("tiny", ["lr=1e-5", "epochs=9", "batch_size=4"], checkpoint, resume=True)
+    assert new == (preset, replace(recipe, lr=1e-5, epochs=9, samples=0, batch_size=4))
+    assert news(checkpoint, new, "tiny") == [
+        f"from here on {name} is {now}, it was {was}"
+        for name, was, now in (("epochs", 40, 9), ("samples", 24000, 0), ("batch_size", 8, 4), ("lr", 0.0014, 1e-05))]
+    for setting, told in (("losses.dice=1", "losses.dice is 0.5 in the checkpoint, 1.0 is asked for; --resume can change lr, "),
+                          ("muon=0", "muon is 2.0 in the checkpoint, 0.0 is asked for"),
+                          ("image_size=96", "image_size is 128 in the checkpoint, 96 is asked for")):  # fmt: skip
+        with pytest.raises(UserError, match=f"^--set lr=1 {setting}: {told}"):
+            resolve("tiny", ["lr=1", setting], checkpoint, resume=True)
+    drifted = stored(preset, replace(recipe, ema=0.5))  # presets.py, and what it says of Dice, has changed since
+    assert news(drifted, resolve("tiny", [], drifted, resume=True), "tiny") == [
+        "the run goes on with its own ema, 0.5: in presets.py it is 0.999 now",
+        "the run goes on with its own losses.dice, 0.5: in presets.py it is 1.0 now"]
+
+
+def test_fine_tuning_takes_the_recipe_of_the_preset_s_name_and_fixes_the_network():
+    preset, recipe = with_settings(PRESETS["tiny"], RECIPES["tiny"], ["reduction=2", "lr=9"])
+    checkpoint = stored(preset, recipe)
+    assert resolve("tiny", ["image_size=96"], checkpoint) == (replace(preset, image_size=96), RECIPES["tiny"])
+    assert resolve("a stranger's", [], checkpoint) == (preset, Recipe())  # a name that presets.py doesn't know
+    with pytest.raises(UserError, match="reduction is 2 in the checkpoint, 1 is asked for; --init fixes the network"):
+        resolve("tiny", ["reduction=1"], checkpoint)
 
 
 @pytest.mark.parametrize(

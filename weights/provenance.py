@@ -1,0 +1,56 @@
+"""Where the weights of a checkpoint come from, and what they were taught: plain values that results can hold, and words."""
+
+import os
+import re
+from pathlib import Path
+
+
+def provenance(checkpoint: dict) -> dict:
+    """{"model", "run", "data", "epoch", "score", "revision", "init"} of a checkpoint's dict, in plain values.
+
+    run: the folder it was trained in. score: {"mIoU", "oIoU"} on the validation set, in per cent. init: the same of what it was
+    fine-tuned from, and so on down the chain. None where that is unknown, as it is of published weights.
+    """
+    metrics, args = checkpoint.get("metrics") or {}, checkpoint.get("args") or {}
+    init = checkpoint.get("init") or ({"file": args["init"]} if args.get("init") else None)
+    score = {name: metrics[name] for name in ("mIoU", "oIoU") if name in metrics}
+    facts = {"model": checkpoint.get("model_name"), "run": args.get("out"), "data": checkpoint.get("data")}
+    facts |= {"epoch": checkpoint.get("epoch"), "score": score or None}
+    return facts | {"revision": checkpoint.get("revision") or None, "init": init}
+
+
+def in_words(origin: dict) -> str:
+    """What `provenance` found, in a line."""
+    score = ", ".join(f"{name} {value:.2f}" for name, value in (origin.get("score") or {}).items())
+    parts = [
+        origin.get("model"), (run := origin.get("run")) and f"run {run}", (data := origin.get("data")) and f"trained on {data}",
+        (epoch := origin.get("epoch")) is not None and f"epoch {epoch}", score and f"validation {score}",
+        (init := origin.get("init")) and f"fine-tuned from {init.get('file', '')} ({in_words(init)})".replace(" ()", ""),
+    ]  # fmt: skip
+    return ", ".join(filter(None, parts))
+
+
+def weights_line(path: str | Path, checkpoint: dict) -> str:
+    """The line that a program prints of the weights it was given: what the path resolves to, and their provenance."""
+    found = linked(path)
+    return f"{path}{f' -> {found}' if str(found) != str(path) else ''}: {in_words(provenance(checkpoint))}"
+
+
+def linked(path: str | Path) -> Path:
+    """What a path is a link to, else the path."""
+    path = Path(path)
+    return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
+
+
+def taught(dataset) -> dict:
+    """{"data", "generated", "words"} of a training set: its name, whether its scenes are generated, and every word of its
+    phrases, sorted."""
+    # Only generated scenes say the kinds of their phrases in REFER's layout.
+    generated = bool(dataset.samples[0].kinds[0]) and not (dataset.root / "phrases.csv").exists()
+    vocabulary = {word for sample in dataset.samples for phrase in sample.phrases for word in words(phrase)}
+    return {"data": dataset.name, "generated": generated, "words": sorted(vocabulary)}
+
+
+def words(phrase: str) -> list[str]:
+    """The words of a phrase in lower case, in their order: letters and digits, with hyphens and apostrophes inside."""
+    return re.findall(r"\w+(?:[-'’]\w+)*", phrase.lower())

@@ -1,0 +1,33 @@
+"""The preset and the recipe of a run: those of a name in presets.py or of a checkpoint, changed by --set."""
+
+from presets import PRESETS, RECIPES, Preset, Recipe, differences, with_settings
+from runtime.errors import UserError
+from weights.checkpoints import stored_preset, stored_recipe
+
+FREE = ("lr", "epochs", "samples", "batch_size")  # what --resume may change
+
+
+def resolve(model: str, settings: list[str], checkpoint: dict | None = None, resume: bool = False) -> tuple[Preset, Recipe]:
+    """The complete records of a new run, of one that fine-tunes a checkpoint, or of one that goes on with it; UserError for
+    a setting that it can't change, which names the value in the checkpoint and the one asked for."""
+    preset = stored_preset(checkpoint) if checkpoint else PRESETS[model]
+    recipe = stored_recipe(checkpoint) if resume else RECIPES.get(model, Recipe())
+    new = with_settings(preset, recipe, settings)
+    changes = differences((preset, recipe), new) if resume else differences((preset,), new[:1]) if checkpoint else {}
+    if fixed := [name for name in changes if name not in (FREE if resume else ("image_size",))]:
+        old, asked = changes[fixed[0]] if checkpoint else (None, None)
+        what = f"--set {' '.join(settings)}: {fixed[0]} is {old!r} in the checkpoint, {asked!r} is asked for; "
+        remedy = f"--resume can change {', '.join(FREE)}: start a new run, or go on from its weights by --init"
+        raise UserError(what + (remedy if resume else "--init fixes the network, of which image_size alone can be changed"))
+    return new
+
+
+def news(checkpoint: dict, new: tuple[Preset, Recipe], model: str) -> list[str]:
+    """What is to be said where a run goes on: what changes with that, and what presets.py has changed meanwhile."""
+    old = stored_preset(checkpoint), stored_recipe(checkpoint)
+    lines = [f"from here on {name} is {now!r}, it was {was!r}" for name, (was, now) in differences(old, new).items()]
+    known = PRESETS.get(model, old[0]) if not checkpoint["args"].get("init") else old[0]
+    today = with_settings(known, RECIPES.get(model, Recipe()), checkpoint["args"].get("set") or [])
+    changed = {name: pair for name, pair in differences(today, old).items() if name not in FREE}
+    return lines + [f"the run goes on with its own {name}, {own!r}: in presets.py it is {there!r} now"
+                    for name, (there, own) in changed.items()]  # fmt: skip
