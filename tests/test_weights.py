@@ -23,7 +23,7 @@ from runtime.errors import UserError
 from weights import checkpoints
 from weights.checkpoints import build_model, load_checkpoint, read_run, rebuild, stored_preset, stored_recipe
 from weights.files import read_state
-from weights.foundation import find_open_clip, load_open_clip, load_sam2
+from weights.foundation import load_open_clip, load_sam2, open_clip_file
 from weights.names import is_unused, our_name
 
 SIZES = [f"sam2.1/sam2.1_hiera_{size}.yaml" for size in ("t", "s", "b+", "l")] + ["sam2/sam2_hiera_l.yaml"]
@@ -125,7 +125,7 @@ def small_clip(tmp_path_factory):
 def test_the_towers_are_open_clip_s(small_clip):
     theirs, path = small_clip
     clip = open_clip_model("small-clip")
-    load_open_clip(clip, "small-clip", find_open_clip("small-clip", path))
+    load_open_clip(clip, "small-clip", open_clip_file("small-clip", path))
     encoder = OpenCLIPEncoder(clip, width=48, joint_layers=1, joint_heads=4).eval()
     phrases = ["The ship on the upper left", "a windmill"]
     (ids, lengths), full = encoder.tokenizer(phrases), open_clip.get_tokenizer("small-clip")(phrases)

@@ -14,15 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 from encoder import BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder, open_clip_model
 from fusion import PUBLISHED, Architecture
-from model import RS2SAM2, check_sides
+from model import RS2SAM2
 from presets import OURS, PRESETS, RECIPES, Preset, Recipe
 from runtime.errors import UserError
-from weights.files import read_file, require_file
+from weights.files import read_file
 from weights.foundation import (
     beit3_sizes,
     beit3_tokenizer_file,
-    find_open_clip,
-    find_sam2,
+    find_weights,
     load_beit3,
     load_open_clip,
     load_published,
@@ -31,7 +30,9 @@ from weights.foundation import (
     published_tokenizer,
     tag_and_file,
 )
+from weights.hub import resolve
 from weights.names import is_published
+from weights.saved import is_saved, read_saved
 
 IN_THE_FILE = ("model", "average", "optimizer", "tokenizer")  # entries of a checkpoint whose tensors are mapped
 
@@ -59,47 +60,24 @@ def build_model(
     sam2_file). sam2_file: a SAM 2 file of the preset's size. encoder_weights: a pretrained tag of open_clip, a file or
     TAG=FILE, or BEiT-3's file with beit3.spm beside it; a position table of another resolution is interpolated.
     """
-    check_sides(preset)
-    beit3 = preset.encoder == "beit3"
-    if beit3 and (given := [key for key in ("encoder_name", "encoder_size") if getattr(preset, key)]):
-        raise UserError(f"--set {given[0]}=...: preset {name}'s BEiT-3 has its own; leave it out, or use base or large")
-    if from_scratch or (preset.train_trunk and not sam2_file):
-        if beit3:
-            raise UserError(
-                f"preset {name} can't start from scratch: BEiT-3's tokeniser comes with its weights; use --model large"
-            )
-        if sam2_file or encoder_weights:
-            raise UserError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
-        return RS2SAM2(replace(preset, train_trunk=True))
-    if preset.train_trunk:  # tiny, around a trained image encoder, which stays as it is
-        if encoder_weights:
-            raise UserError(f"preset {name} has no encoder weights to start from: leave out --encoder-weights")
-        file, model = require_file(sam2_file), RS2SAM2(replace(preset, train_trunk=False))
-        load_sam2(model, file)
-        return model
-
-    # Files that are named are looked for first, names and sizes checked; then what is named nowhere is downloaded.
-    sam2_file = require_file(sam2_file) if sam2_file else None
-    source = encoder_weights or preset.encoder_tag
-    if beit3:
-        model = _with_beit3(preset, source)
-        load_sam2(model, sam2_file or find_sam2(preset.sam2))
-        return model
-    if source is None:
-        raise UserError(f"preset {name} names no tag of {preset.encoder_name}: give a tag or a file by --encoder-weights")
-    # A tag says how its model was trained (activation, normalisation); a file alone is taken for the name's usual way.
-    preset = replace(preset, encoder_tag=tag_and_file(source)[0])
-    with skip_initialisation():
-        clip = open_clip_model(preset.encoder_name, preset.encoder_tag, preset.encoder_size)
-    clip_file = find_open_clip(preset.encoder_name, source)
-    sam2_file = sam2_file or find_sam2(preset.sam2)
-    load_open_clip(clip, preset.encoder_name, clip_file)
-    model = RS2SAM2(preset, OpenCLIPEncoder(clip, **preset.encoder_args))
-    load_sam2(model, sam2_file)
+    sam2, encoder = find_weights(name, preset, from_scratch, sam2_file, encoder_weights)
+    if encoder is None:
+        model = RS2SAM2(replace(preset, train_trunk=sam2 is None))
+    elif preset.encoder == "beit3":
+        model = _with_beit3(preset, encoder)
+    else:
+        # A tag says how its model was trained (activation, normalisation); a file alone is taken for the name's usual way.
+        preset = replace(preset, encoder_tag=tag_and_file(encoder_weights or preset.encoder_tag)[0])
+        with skip_initialisation():
+            clip = open_clip_model(preset.encoder_name, preset.encoder_tag, preset.encoder_size)
+        load_open_clip(clip, preset.encoder_name, encoder)
+        model = RS2SAM2(preset, OpenCLIPEncoder(clip, **preset.encoder_args))
+    if sam2 is not None:
+        load_sam2(model, sam2)
     return model
 
 
-def _with_beit3(preset: Preset, file: str | Path | None) -> RS2SAM2:
+def _with_beit3(preset: Preset, file: Path) -> RS2SAM2:
     """The model of a preset around the BEiT-3 of a file, whose sizes become the preset's."""
     tokenizer = beit3_tokenizer_file(file).read_bytes()
     preset = replace(preset, encoder_args=beit3_sizes(file))
@@ -114,14 +92,19 @@ def _with_beit3(preset: Preset, file: str | Path | None) -> RS2SAM2:
 def read_checkpoint(path: str | Path) -> dict:
     """The dict of a checkpoint of train.py, or the like for a published one; UserError.
 
-    path: a file, the folder of a run (its best.pt is taken), or a folder as `save_pretrained` left it. Which kind it is
-    shows in the names it holds. Tensors are on the CPU and stay in the file until they are copied.
+    path: a file, the folder of a run (its best.pt is taken), a folder as the predictor's or the published model's
+    `save_pretrained` left it, or any of these on the hub: OWNER/NAME[@REVISION][:FILE or FOLDER]. Which kind it is shows in
+    the names it holds. Tensors are on the CPU and stay in the file until they are copied.
     """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / "best.pt").is_file():
-            return _published(path, published_files(path))
+    path = resolve(path)
+    if path.name == "model.safetensors" and is_saved(path.parent):
+        path = path.parent
+    if path.is_dir() and (path / "best.pt").is_file():
         path = path / "best.pt"
+    if path.is_dir():
+        return _renewed(read_saved(path), path) if is_saved(path) else _published(path, published_files(path))
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {path.readlink()}, which is not there: name another, or remove the link")
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or name another")
     checkpoint = read_file(path)

@@ -6,25 +6,74 @@ import re
 from pathlib import Path
 
 import open_clip
-from huggingface_hub import hf_hub_download
 from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 from torch import nn
 
+from encoder import open_clip_config
+from model import check_sides
+from presets import Preset
 from runtime.errors import UserError
+from runtime.hub import gigabytes
 from weights.files import load_named, read_state, require_file
+from weights.hub import TOKENIZERS, HubFile, cached, fetch
+
+# Sizes of the presets' own files in bytes, by the numbers of their float32 parameters: told where the hub can't be asked.
+SIZES = {
+    "sam2/sam2_hiera_l.yaml": 897.7e6, "sam2.1/sam2.1_hiera_l.yaml": 897.8e6, "sam2.1/sam2.1_hiera_b+.yaml": 323.4e6,
+    "laion2b_s34b_b88k": 598.5e6, "laion2b_s32b_b82k": 1710.5e6, "beit3": 2690.8e6,
+}  # fmt: skip
 
 
-def find_sam2(config: str) -> Path:
-    """The SAM 2 file that belongs to a YAML of the sam2 package, from the hub's cache or downloaded; UserError."""
+def find_weights(
+    name: str, preset: Preset, from_scratch: bool = False, sam2_file: str | Path | None = None,
+    encoder_weights: str | Path | None = None,
+) -> tuple[Path | None, Path | None]:  # fmt: skip
+    """The files of SAM 2 and of the union encoder that `build_model` starts from, None where it draws random weights.
+
+    Files that are named are looked for first; what is named nowhere is looked up in the hub's cache and on the hub, told all
+    at once, then downloaded. UserError for whatever can't be had. Arguments are those of `build_model`.
+    """
+    check_sides(preset)
+    refuse_contradictions(name, preset, from_scratch, sam2_file, encoder_weights)
+    if from_scratch or preset.train_trunk and not sam2_file:
+        return None, None
+    if preset.train_trunk:  # tiny, around a trained image encoder, which stays as it is
+        return require_file(sam2_file), None
+    sam2 = require_file(sam2_file) if sam2_file else sam2_on_hub(preset.sam2)
+    source = encoder_weights or preset.encoder_tag
+    if preset.encoder == "beit3":
+        encoder = beit3_file(source, besides=sam2 if isinstance(sam2, HubFile) and not cached(sam2) else None)
+    elif source is None:
+        raise UserError(f"preset {name} names no tag of {preset.encoder_name}: give a tag or a file by --encoder-weights")
+    else:
+        open_clip_config(preset.encoder_name)  # refuses a model that is not plain
+        encoder = open_clip_file(preset.encoder_name, source)
+    fetched = iter(fetch([file for file in (encoder, sam2) if isinstance(file, HubFile)]))
+    encoder, sam2 = (next(fetched) if isinstance(file, HubFile) else file for file in (encoder, sam2))
+    return sam2, encoder
+
+
+def refuse_contradictions(name: str, preset: Preset, from_scratch: bool, sam2_file, encoder_weights) -> None:
+    """UserError for options that contradict the preset or each other."""
+    beit3 = preset.encoder == "beit3"
+    if beit3 and (given := [key for key in ("encoder_name", "encoder_size") if getattr(preset, key)]):
+        raise UserError(f"--set {given[0]}=...: preset {name}'s BEiT-3 has its own; leave it out, or use base or large")
+    if from_scratch or (preset.train_trunk and not sam2_file):
+        if beit3:
+            raise UserError(
+                f"preset {name} can't start from scratch: BEiT-3's tokeniser comes with its weights; use --model large"
+            )
+        if sam2_file or encoder_weights:
+            raise UserError("training from scratch reads no weights: leave out --sam2 and --encoder-weights")
+    elif preset.train_trunk and encoder_weights:
+        raise UserError(f"preset {name} has no encoder weights to start from: leave out --encoder-weights")
+
+
+def sam2_on_hub(config: str) -> HubFile:
+    """The file of SAM 2 that belongs to a YAML of the sam2 package; UserError where none is published."""
     for repository, (yaml, filename) in HF_MODEL_ID_TO_FILENAMES.items():
         if yaml == f"configs/{config}":
-            try:
-                return Path(hf_hub_download(repository, filename))
-            except Exception as error:  # no network, no such file, no permission: the way out is the same
-                raise UserError(
-                    f"SAM 2 weights could not be downloaded ({repository}, {filename}): fetch {filename} from the model hub "
-                    f"or from SAM 2's release page and name it with --sam2 FILE"
-                ) from error
+            return HubFile(repository, (filename,), "--sam2 FILE", SIZES.get(config, 0))
     raise UserError(f"no SAM 2 weights are published for {config}: name a file with --sam2 FILE")
 
 
@@ -43,8 +92,8 @@ def tag_and_file(source: str | Path) -> tuple[str | None, str | Path | None]:
     return tag, file or None
 
 
-def find_open_clip(name: str, source: str | Path) -> Path:
-    """The file of an open_clip model's weights: the one that `source` names, or its tag's, downloaded or cached; UserError."""
+def open_clip_file(name: str, source: str | Path) -> Path | HubFile:
+    """The file of an open_clip model's weights that a tag, a file or TAG=FILE names, on the disk or on the hub; UserError."""
     tag, file = tag_and_file(source)
     if tag is not None and not open_clip.is_pretrained_cfg(name, tag):
         raise UserError(
@@ -53,13 +102,13 @@ def find_open_clip(name: str, source: str | Path) -> Path:
         )
     if file:
         return require_file(file)
-    try:
-        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
-    except Exception as error:  # no network, no such file, no permission: the way out is the same
-        raise UserError(
-            f"open_clip's {name} ({tag}) could not be downloaded: fetch its file from the model hub and name it "
-            f"with --encoder-weights {tag}=FILE"
-        ) from error
+    config = open_clip.get_pretrained_cfg(name, tag)
+    if not config.get("hf_hub"):
+        raise UserError(f"open_clip's {name} ({tag}) is on no hub: fetch {config.get('url') or 'its file'} and name it with "
+                        f"--encoder-weights {tag}=FILE")  # fmt: skip
+    repository, _, filename = config["hf_hub"].rpartition("/")
+    names = (filename,) if filename else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return HubFile(repository, names, f"--encoder-weights {tag}=FILE", SIZES.get(tag, 0))
 
 
 def load_open_clip(clip: nn.Module, name: str, path: str | Path) -> None:
@@ -88,13 +137,21 @@ def beit3_sizes(path: str | Path) -> dict[str, int]:
         raise UserError(f"{path} is not a BEiT-3 file: it lacks {error}, or has it in another shape") from None
 
 
-def beit3_tokenizer_file(weights: str | Path | None) -> Path:
-    """The SentencePiece model beit3.spm beside BEiT-3's weights; UserError."""
-    if weights is None:
+def beit3_file(file: str | Path | None, besides: HubFile | None) -> Path:
+    """The path of BEiT-3's weights, if they are there with their tokeniser; UserError, which names `besides` as missing too."""
+    if file is None:
+        too = f"; missing too, and downloaded then: {besides}" if besides else ""
         raise UserError(
-            "BEiT-3 is not on a hub: download beit3_large_patch16_224.pth and beit3.spm from its authors' release page, "
-            "keep them in one folder and name the first with --encoder-weights"
+            f"BEiT-3 is not on a hub: download beit3_large_patch16_224.pth ({gigabytes(SIZES['beit3'])} in float32) and "
+            f"beit3.spm from its authors' release page, keep them in one folder and name the first with --encoder-weights FILE{too}"
         )
+    beit3_tokenizer_file(file)
+    beit3_sizes(file)
+    return Path(file)
+
+
+def beit3_tokenizer_file(weights: str | Path) -> Path:
+    """The SentencePiece model beit3.spm beside BEiT-3's weights; UserError."""
     spm = require_file(weights).with_name("beit3.spm")
     if not spm.is_file():
         raise UserError(f"no BEiT-3 tokeniser at {spm}: put beit3.spm beside the weights")
@@ -128,7 +185,7 @@ def published_files(folder: Path) -> list[Path]:
 
 def published_tokenizer(folder: Path) -> Path:
     """The SentencePiece model among a published checkpoint's tokeniser files; UserError."""
-    for name in ("sentencepiece.bpe.model", "beit3.spm"):
+    for name in TOKENIZERS:
         if (folder / name).is_file():
             return folder / name
     raise UserError(
