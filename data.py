@@ -1,6 +1,7 @@
 """Data sets of referring segmentation, from samples to batches: preparation, augmentation, order, collation.
 
     python data.py --check RRSIS-D            statistics and a contact sheet of a data set, by name or by path
+    python data.py --download RefSegRS        fetch a data set by name, then check it
 
 annotations/ reads which samples a data set has and their masks, imagery/ decodes and resizes. Whatever is broken raises
 UserError: one sentence with the sample's name.
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from annotations.check import check
+from annotations.download import SOURCES, download
 from annotations.layouts import NAMES, Sample, missing_files, read_samples
 from annotations.masks import load_mask
 from imagery.pixels import read_image, resize_image, resize_mask
@@ -223,10 +225,16 @@ class Collate:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check a data set: print statistics, draw a contact sheet.")
-    parser.add_argument("--check", required=True, metavar="DATA", help=f"a folder, or one of {', '.join(NAMES)}")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", metavar="DATA", help=f"a folder, or one of {', '.join(NAMES)}")
+    what.add_argument("--download", metavar="NAME", help=f"fetch a data set into ./data and check it: {', '.join(SOURCES)}")
     parser.add_argument("--sheet", default="data-check.png", help="contact sheet, a PNG; a new name is taken if it exists")
     args = parser.parse_args()
     with exit_on_user_error("data.py"):
+        if args.download:
+            args.check = download(args.download)
+        if args.check is None:
+            return
         check(args.check, args.sheet)
 
 

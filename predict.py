@@ -44,7 +44,8 @@ from model import RS2SAM2
 from runtime.arguments import at_least
 from runtime.devices import compute_dtype
 from runtime.errors import UserError, exit_on_user_error
-from weights.checkpoints import load_checkpoint
+from weights.checkpoints import load_checkpoint, model_entries
+from weights.saved import save_folder
 
 OneImage = str | Path | Image.Image | np.ndarray
 
@@ -56,20 +57,27 @@ class RS2SAM2Predictor:
     image can be kept for the next phrase. Several phrases for an image are a batch: `predict(image, [phrase, ...])`.
     """
 
-    def __init__(self, model: RS2SAM2, dtype: torch.dtype | None = None):
-        """model: on the device to predict on. dtype: to compute in, see `dtype`."""
-        self.model, self._dtype = model, dtype
+    def __init__(self, model: RS2SAM2, dtype: torch.dtype | None = None, facts: dict | None = None):
+        """model: on the device to predict on. dtype: to compute in, see `dtype`. facts: what its checkpoint says of it."""
+        self.model, self._dtype, self.facts = model, dtype, facts or {}
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "RS2SAM2Predictor":
-        """The predictor of a checkpoint: a file of train.py's, the folder of a run, or the published checkpoint's folder.
+        """The predictor of a checkpoint: a file of train.py's, the folder of a run, of `save_pretrained` or of the published
+        checkpoint, or one of these on the hub: OWNER/NAME[@REVISION][:FILE or FOLDER].
 
         device: by default the CUDA card where there is one, else the CPU. UserError where the checkpoint can't be loaded.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_checkpoint(path, device)[0], dtype)
+        model, facts = load_checkpoint(path, device)
+        return cls(model, dtype, facts)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model into a new folder to hand on: model.safetensors, config.json and a model card, README.md, which
+        names data and scores. `from_pretrained` takes it, and `hf upload OWNER/NAME FOLDER`. UserError where it can't be."""
+        save_folder(folder, model_entries(self.model), self.facts)
 
     @property
     def device(self) -> torch.device:

@@ -346,7 +346,10 @@ def finish(run: Run) -> None:
 
 def prepare(args: argparse.Namespace, preset: Preset, recipe: Recipe, checkpoint: dict | None, edit):
     """-> (the model with its first weights, the training set, the validation set)"""
+    ways = {"from_scratch": args.from_scratch, "sam2_file": args.sam2, "encoder_weights": args.encoder_weights}
     if args.data == "scenes":
+        if not checkpoint:
+            checkpoints.find_weights(args.model, preset, **ways)  # refused, or downloaded, before scenes are drawn
         ensure_scenes(Path("data/scenes"))
     common = {"seed": args.seed, "skip_missing": args.skip_missing}
     train_set = open_dataset(args.data, "train", one_phrase=True, augment=recipe.augment, **common)
@@ -354,7 +357,6 @@ def prepare(args: argparse.Namespace, preset: Preset, recipe: Recipe, checkpoint
     torch.manual_seed(args.seed)
     if checkpoint:
         return checkpoints.rebuild(checkpoint, edit, preset.image_size, args.resume or args.init), train_set, val_set
-    ways = {"from_scratch": args.from_scratch, "sam2_file": args.sam2, "encoder_weights": args.encoder_weights}
     model = checkpoints.build_model(args.model, preset, **ways)
     if edit:
         edit(model)

@@ -143,7 +143,7 @@ def beit3_file(file: str | Path | None, besides: HubFile | None) -> Path:
         too = f"; missing too, and downloaded then: {besides}" if besides else ""
         raise UserError(
             f"BEiT-3 is not on a hub: download beit3_large_patch16_224.pth ({gigabytes(SIZES['beit3'])} in float32) and "
-            f"beit3.spm from its authors' release page, keep them in one folder and name the first with --encoder-weights FILE{too}"
+            f"beit3.spm from its authors' release page, keep them in one folder and name the first with --encoder-weights{too}"
         )
     beit3_tokenizer_file(file)
     beit3_sizes(file)

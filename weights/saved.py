@@ -12,6 +12,7 @@ from annotations.download import licence_of
 from runtime.errors import UserError
 from runtime.run_folder import write_whole
 from weights.files import read_file
+from weights.provenance import provenance
 
 # Entries of a checkpoint that stay behind: tensors, which have files of their own, what only resuming reads, and paths.
 LEFT_BEHIND = (
@@ -53,9 +54,10 @@ def save_folder(folder: str | Path, entries: dict, facts: dict) -> None:
             raise UserError(f"{folder} is not empty: name a new folder, nothing is overwritten")
     except OSError as error:
         raise UserError(f"{folder} can't be written ({error.strerror}): name another folder", exit_code=1) from None
-    facts = {key: value for key, value in facts.items() if key not in LEFT_BEHIND}
-    facts |= {"preset": entries["preset"], "left_out": facts.get("left_out", [])}
-    facts = {"model_name": "of one's own", "data": None, "revision": "", "epoch": None, "recipe": None} | facts
+    origin = {key: value for key, value in provenance(facts).items() if key in ("run", "init")}
+    facts = {key: value for key, value in facts.items() if key not in LEFT_BEHIND} | origin
+    facts = {"model_name": "of one's own", "data": None, "revision": "", "epoch": None, "recipe": None, "left_out": []} | facts
+    facts["preset"] = entries["preset"]
     config = json.dumps(_without_infinity(facts), indent=1, allow_nan=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in entries["model"].items()}
     files = {"config.json": config.encode(), "README.md": model_card(facts).encode()}
