@@ -45,6 +45,7 @@ from runtime.arguments import at_least
 from runtime.devices import compute_dtype
 from runtime.errors import UserError, exit_on_user_error
 from weights.checkpoints import load_checkpoint, model_entries
+from weights.provenance import provenance, weights_line
 from weights.saved import save_folder
 
 OneImage = str | Path | Image.Image | np.ndarray
@@ -250,6 +251,7 @@ class PredictionRun:
         for job, scene, strips in zip(jobs, scenes, rows):
             notes = [note] if (note := self.predictor.cut_note(job.phrase)) else []
             settings = {"tile": args.tile or TILE, "tiling": args.tiling} if is_large(scene, args.tile) else {}
+            settings["weights"] = provenance(self.predictor.facts)
             try:
                 line = self.folder.write(job, scene, strips, settings, notes)
             except (UserError, OSError) as error:
@@ -296,6 +298,7 @@ def main() -> None:
     with exit_on_user_error("predict.py"):
         jobs = find_jobs(args.image, args.phrase)
         predictor = RS2SAM2Predictor.from_pretrained(args.ckpt)
+        print(weights_line(args.ckpt, predictor.facts), flush=True)
         failures = PredictionRun(predictor, args, jobs).run()
     if failures:
         print(f"predict.py: {len(failures)} of {len(jobs)} failed:", file=sys.stderr)

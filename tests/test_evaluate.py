@@ -178,7 +178,7 @@ def checkpoint(scenes, tmp_path_factory) -> Path:
     clip = PRESETS["tiny"].encoder_name | {"vision_cfg": PRESETS["tiny"].encoder_name["vision_cfg"] | {"image_size": 32}}
     model = RS2SAM2(replace(PRESETS["tiny"], image_size=64, encoder_name=clip))
     facts = {"recipe": {}, "left_out": [], "model_name": "tiny", "revision": "abc", "epoch": 3, "data": str(scenes)}
-    facts |= {"args": {"out": "runs/s-1"}, "metrics": {"mIoU": 71.5, "oIoU": 70.25, "samples": 10}, "init": ORIGIN}
+    facts |= {"run": "runs/s-1", "metrics": {"mIoU": 71.5, "oIoU": 70.25, "samples": 10}, "init": ORIGIN}
     path = tmp_path_factory.mktemp("run") / "best.pt"
     torch.save(model_entries(model) | facts, path)
     return path

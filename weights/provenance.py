@@ -14,7 +14,8 @@ def provenance(checkpoint: dict) -> dict:
     metrics, args = checkpoint.get("metrics") or {}, checkpoint.get("args") or {}
     init = checkpoint.get("init") or ({"file": args["init"]} if args.get("init") else None)
     score = {name: metrics[name] for name in ("mIoU", "oIoU") if name in metrics}
-    facts = {"model": checkpoint.get("model_name"), "run": args.get("out"), "data": checkpoint.get("data")}
+    run = checkpoint.get("run") or args.get("out")  # the second in older ones
+    facts = {"model": checkpoint.get("model_name"), "run": run, "data": checkpoint.get("data")}
     facts |= {"epoch": checkpoint.get("epoch"), "score": score or None}
     return facts | {"revision": checkpoint.get("revision") or None, "init": init}
 
