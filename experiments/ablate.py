@@ -172,7 +172,7 @@ def read_result(folder: Path) -> dict:
     """Of a scored run: its scores and parameters, and its curve [(training time in minutes, validation mIoU)]."""
     result = json.loads((folder / "scores.json").read_text())
     minutes, samples, curve = 0.0, 0, []
-    for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+    for line in (line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "epoch" in line):
         minutes += (line["samples"] - samples) / line["images/s"] / 60
         samples = line["samples"]
         curve.append((minutes, line["val"]["mIoU"]))
