@@ -1,6 +1,7 @@
 """Data sets of referring segmentation, from samples to batches: preparation, augmentation, order, collation.
 
-    python data.py --check RRSIS-D            statistics and a contact sheet of a data set, by name or by path
+    python data.py --check RRSIS-D            what is in a data set and what is wrong with it, by name or by path
+    python data.py --download RefSegRS        fetch a data set by name, then check it
     python data.py --download RefSegRS        fetch a data set by name, then check it
 
 annotations/ reads which samples a data set has and their masks, imagery/ decodes and resizes. Whatever is broken raises
@@ -21,9 +22,10 @@ import torch
 
 from annotations.check import check
 from annotations.download import SOURCES, download
-from annotations.layouts import NAMES, Sample, missing_files, read_samples
+from annotations.layouts import NAMES, Sample, is_test, missing_files, read_samples
 from annotations.masks import load_mask
 from imagery.pixels import read_image, resize_image, resize_mask
+from runtime.arguments import at_least
 from runtime.errors import UserError, exit_on_user_error
 
 
@@ -41,8 +43,8 @@ def open_dataset(
     """The split of a data set; UserError if it can't be had.
 
     data: a name (its folder is in ./data) or a folder's path.
-    split: 'train' and 'val' are matched exactly, 'test' takes every split with 'test' in its name; None: test, or val where
-        the data set has no test.
+    split: 'train' and 'val' are matched exactly, 'test' takes testA, test-2 ... too; None: test, or val where the data set
+        has no test.
     image_size, encoder_size: pixels a side of what the image encoder and the union encoder take.
     one_phrase: an item is a sample with one of its phrases, drawn anew at every access, as in training; else each of them.
     augment: None, 'paper' or 'ours', for split 'train' alone.
@@ -53,8 +55,8 @@ def open_dataset(
     name, root, everything = read_samples(data)
     splits = Counter(sample.split for sample in everything)
     if split is None:
-        split = "test" if any("test" in key for key in splits) else "val"
-    samples = [s for s in everything if s.split == split or (split == "test" and "test" in s.split)]
+        split = "test" if any(map(is_test, splits)) else "val"
+    samples = [s for s in everything if s.split == split or (split == "test" and is_test(s.split))]
     if not samples:
         known = ", ".join(f"{key} ({n:,})" for key, n in splits.items()) or "none"
         raise UserError(f"{root} has no samples in split {split!r}, its splits are: {known}.")
@@ -224,18 +226,23 @@ class Collate:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check a data set: print statistics, draw a contact sheet.")
+    parser = argparse.ArgumentParser(description="Check a data set: decode it, name what is wrong, draw a contact sheet.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--check", metavar="DATA", help=f"a folder, or one of {', '.join(NAMES)}")
     what.add_argument("--download", metavar="NAME", help=f"fetch a data set into ./data and check it: {', '.join(SOURCES)}")
     parser.add_argument("--sheet", default="data-check.png", help="contact sheet, a PNG; a new name is taken if it exists")
+    parser.add_argument("--sample", type=at_least(int, 1), metavar="N", help="decode the files of N samples only")
+    parser.add_argument("--strict", action="store_true", help="exit with code 1 for notes too, not for faults alone")
     args = parser.parse_args()
     with exit_on_user_error("data.py"):
         if args.download:
             args.check = download(args.download)
         if args.check is None:
             return
-        check(args.check, args.sheet)
+        from encoder import OpenCLIPTokenizer  # takes seconds, which --help need not
+
+        tokenizer = OpenCLIPTokenizer(context=77)
+        check(args.check, args.sheet, args.sample, args.strict, tokenizer.length, tokenizer.context)
 
 
 if __name__ == "__main__":

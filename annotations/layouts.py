@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -25,7 +26,7 @@ LAYOUTS = """
   RefSegRS: output_phrase_<split>.txt ("<id> <phrase>" a line), images/<id>.tif, masks/<id>.tif
   RISBench: output_phrase_<split>.txt ("<file.png> <phrase>" a line), img_rgb/<file.png>, mask/<file.png>
   your own: phrases.csv (columns image,mask,phrase,split), images/, masks/"""
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".j2k")
 
 
 # Each reader returns the samples of all splits and opens no image.
@@ -52,20 +53,28 @@ def read_json(path: Path):
 
 
 def read_pickle(path: Path) -> list:
-    data = io.BytesIO(file_bytes(path))
+    data = file_bytes(path)
+    converted = data.count(b"\n") == data.count(b"\r\n") > 0
     try:
-        refs = PlainUnpickler(data, encoding="utf-8").load()
+        if converted and not data.startswith(b"\x80"):  # one of text would load, with "\r" at the end of every string
+            raise ValueError
+        refs = PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
         if not isinstance(refs, list):
             raise ValueError(f"it holds {type(refs).__name__}, not a list")
         return refs
     except Exception as error:  # a damaged pickle can raise nearly anything
+        if converted:
+            raise UserError(f"{path} had its line ends converted on the way here: get it again, in binary mode.") from None
+        if isinstance(error, UnicodeDecodeError) and not data.startswith((b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+            raise UserError(f"{path} is a pickle of Python 2 whose text is not UTF-8: load it with encoding='latin1' and "
+                            "pickle it again.") from None
         reason = f"{type(error).__name__}: {error}"[:200]
         raise UserError(f"{path} is not read ({reason}): get it again from its source.") from None
 
 
 def read_refer(refs_file: Path) -> list[Sample]:
     """RRSIS-D and relatives: refs(unc).p with the phrases, instances.json with the masks."""
-    instances_file = refs_file.with_name(refs_file.name.replace("refs(unc).p", "instances.json"))
+    instances_file = refs_file.with_name(re.sub(r"refs\([^)]*\)\.p$", "instances.json", refs_file.name))
     refs, instances = read_pickle(refs_file), read_json(instances_file)
     samples, where = [], str(instances_file)
     try:
@@ -78,18 +87,58 @@ def read_refer(refs_file: Path) -> list[Sample]:
         for number, ref in enumerate(refs):
             where = f"{refs_file}, ref number {number}"
             samples.append(refer_sample(ref, images, annotations, categories, where))
+    except SegmentationError as error:
+        raise UserError(f"{instances_file}: {error}.") from None
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error)[:100]}"
         raise UserError(f"{where} is not as in RRSIS-D ({reason}): mend the file or get it again.") from None
     if twice := [id for id, n in Counter(sample.id for sample in samples).items() if n > 1]:
         raise UserError(f"{refs_file} has a ref_id more than once ({', '.join(twice[:5])}): make them unique.")
+    folder = image_folder(refs_file, {sample.image for sample in samples})
+    return [replace(sample, image=os.path.join(folder, sample.image)) for sample in samples]
 
-    # The images lie in <root>/images/rrsisd/JPEGImages or, for relatives, somewhere like it: where most are found.
-    folder, names = refs_file.parent, {sample.image for sample in samples}
+
+def image_folder(refs_file: Path, names: set[str]) -> Path:
+    """<root>/images/rrsisd/JPEGImages or, for relatives, somewhere like it: where most of the images are found."""
+    folder, by_folder = refs_file.parent, {}
+    for path in names:
+        by_folder.setdefault(os.path.dirname(path), set()).add(os.path.basename(path))
+
+    def found(parent):
+        inside = ((parent / below, files) for below, files in by_folder.items())
+        return sum(len(files.intersection(os.listdir(path))) for path, files in inside if path.is_dir())
+
     below = (f"{folder.name}/JPEGImages", folder.name, "JPEGImages", "")
-    folders = [parent / "images" / name for parent in (folder.parent, folder) for name in below] + [folder]
-    images = max(filter(Path.is_dir, folders), key=lambda path: len(names.intersection(os.listdir(path))))
-    return [replace(sample, image=os.path.join(images, sample.image)) for sample in samples]
+    tried = [parent / "images" / name for parent in (folder.parent, folder) for name in below]
+    tried += [folder / "JPEGImages", folder.parent / "JPEGImages", folder]
+    numbers = {path: found(path) for path in tried}
+    if names and not any(numbers.values()):
+        archives = [path for parent in {folder, folder.parent} for path in packed(parent)]
+        remedy = f"unpack {archives[0]}" if archives else "put them into one"
+        raise UserError(f"None of the {len(names):,} images of {refs_file} (such as {min(names)}) is in one of the folders "
+                        f"{', '.join(map(str, tried))}: {remedy}.")
+    return max(tried, key=numbers.get)
+
+
+class SegmentationError(Exception):
+    """A mask that is written in a way not read here."""
+
+
+def mask_parts(annotation: dict) -> list:
+    """RLEs and polygons of an annotation: its segmentation is a list with one RLE (RRSIS-D), an RLE, or a list of polygons."""
+    parts = annotation.get("segmentation") or []
+    parts = parts if isinstance(parts, list) else [parts]
+    fault = "" if parts else "an empty segmentation: write its mask, or give a phrase without a target ann_id -1"
+    for part in parts:
+        if isinstance(part, (int, float)):
+            fault = "a list of numbers for its polygons: write a list of lists, [[x0, y0, x1, y1, ...]]"
+        elif isinstance(part, list) and part and isinstance(part[0], list):
+            fault = "a polygon of pairs: write it as [x0, y0, x1, y1, ...]"
+        elif not isinstance(part, (dict, list)):
+            fault = "a segmentation that is neither RLE nor polygons: mend it"
+    if fault:
+        raise SegmentationError(f"annotation {annotation['id']} has {fault}")
+    return parts
 
 
 def refer_sample(ref: dict, images: dict, annotations: dict, categories: dict, where: str) -> Sample:
@@ -100,11 +149,8 @@ def refer_sample(ref: dict, images: dict, annotations: dict, categories: dict, w
         if ann_id not in annotations:
             raise ValueError(f"annotation {ann_id} is not among the instances")
         annotation = annotations[ann_id]
-        segmentation = annotation["segmentation"]  # a list with one RLE (RRSIS-D), an RLE, or a list of polygons
-        parts += segmentation if isinstance(segmentation, list) else [segmentation]
+        parts += mask_parts(annotation)
         category = annotation.get("categories_id", annotation.get("category_id", category))
-    if not all(isinstance(part, (dict, list)) for part in parts):
-        raise ValueError("a segmentation is neither RLE nor polygons")
     if not isinstance(ref["ref_id"], (int, str)) or not ref["sentences"]:
         raise ValueError("no ref_id or no sentences")
     image = images.get(ref["image_id"], {})
@@ -117,7 +163,8 @@ def refer_sample(ref: dict, images: dict, annotations: dict, categories: dict, w
         phrases=tuple(clean_phrase(s.get("raw") or s.get("sent"), where) for s in ref["sentences"]),
         kinds=tuple(kind if isinstance(kind, str) else "" for kind in kinds),
         category=str(categories.get(category, "")), mask=tuple(parts),
-        size=(int(image["height"]), int(image["width"])) if "height" in image and "width" in image else None)
+        size=(int(image["height"]), int(image["width"])) if "height" in image and "width" in image else None,
+        annotation=ref["ann_id"])
 
 
 def read_phrase_lists(root: Path, lists: list[Path]) -> list[Sample]:
@@ -151,6 +198,11 @@ def files_by_id(root: Path, *names: str) -> dict[str, str]:
     return {id: os.path.join(folder, name) for id, name in files.items()}
 
 
+def is_test(split: str) -> bool:
+    """test, testA, test-2 ... but not latest, which the published loader takes too."""
+    return re.match("test(?![a-z])", split) is not None
+
+
 def read_samples(data: str | Path) -> tuple[str, Path, list[Sample]]:
     """(name, root, samples of all splits) of a data set given by its name, a folder of ./data, or by its folder's path."""
     root, named = Path(data), Path("data", data)
@@ -158,23 +210,18 @@ def read_samples(data: str | Path) -> tuple[str, Path, list[Sample]]:
         if data in NAMES or root.parent == Path() and named.is_dir() and not root.is_dir():
             root = named
         if not root.is_dir():
-            remedy = "put the data set there" if data in NAMES else f"give a folder or one of {', '.join(NAMES)}"
-            raise UserError(f"There is no folder {root}: {remedy}.{LAYOUTS}")
-        inside = ", ".join(sorted(os.listdir(root))[:8]) or "nothing"
-        refs = sorted([*root.glob("*refs(unc).p"), *root.glob("*/*refs(unc).p")])
-        lists = sorted([*root.glob("output_phrase_*.txt"), *root.glob("phrase_txts/output_phrase_*.txt")])
+            raise UserError(no_folder(root, data in NAMES))
+        refs, lists, tables = index_files(root)
         if len(refs) > 1 or len({path.name for path in lists}) < len(lists):
-            raise UserError(f"{root} has the same twice ({', '.join(map(str, refs or lists))}): leave one.")
+            raise UserError(f"{root} has more than one list of phrases ({', '.join(map(str, refs or lists))}): leave one.")
         if refs:
             samples = read_refer(refs[0])
         elif lists:
             samples = read_phrase_lists(root, lists)
-        elif (root / "phrases.csv").exists():
-            samples = read_csv(root / "phrases.csv")
+        elif tables:
+            samples = read_csv(tables[0])
         else:
-            for folder in filter(Path.is_dir, root.iterdir()):
-                os.listdir(folder)  # one that may not be entered looks empty to glob
-            raise UserError(f"{root} holds {inside}, no data set known here: lay it out in one of these ways.{LAYOUTS}")
+            raise UserError(no_data_set(root))
     except OSError as error:
         raise UserError(f"{error.filename or root} can't be read ({error.strerror or error}): see to it.") from None
     name = data if data in NAMES else root.resolve().name
@@ -182,6 +229,41 @@ def read_samples(data: str | Path) -> tuple[str, Path, list[Sample]]:
     if refs and refs[0].parent.name == "rrsisd" and name not in RELATIVES and not ours:
         name = "RRSIS-D"
     return name, root, samples
+
+
+def index_files(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """The files that say which samples there are: of RRSIS-D and relatives, of lists of phrases, of data of your own."""
+    refs = sorted([*root.glob("*refs(*).p"), *root.glob("*/*refs(*).p")])
+    lists = sorted([*root.glob("output_phrase_*.txt"), *root.glob("phrase_txts/output_phrase_*.txt")])
+    return refs, lists, sorted(root.glob("phrases.csv"))
+
+
+def packed(folder: Path) -> list[Path]:
+    """The archives in a folder."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"))
+
+
+def no_folder(root: Path, known: bool) -> str:
+    """What to say where `root` is no folder; `known`: it is the folder of a data set known by its name."""
+    beside = packed(root.parent) if root.parent.is_dir() else []
+    archives = [root] if root.is_file() else [path for path in beside if path.name.startswith(f"{root.name}.")]
+    if archives:
+        return f"{archives[0]} is no folder: unpack it and give the folder that comes out."
+    remedy = "put the data set there" if known else f"give a folder or one of {', '.join(NAMES)}"
+    return f"There is no folder {root}: {remedy}.{LAYOUTS}"
+
+
+def no_data_set(root: Path) -> str:
+    """What to say of a folder without the index files of a data set: they may lie deeper, or in an archive."""
+    inside = sorted(root.iterdir())
+    for folder in filter(Path.is_dir, inside):
+        os.listdir(folder)  # one that may not be entered looks empty to glob
+        if any(index_files(folder)):
+            return f"{root} holds no data set, but its folder {folder} does: give that one."
+    if archives := packed(root):
+        return f"{root} holds no data set, but {archives[0].name}: unpack it there."
+    listed = ", ".join(path.name for path in inside[:8]) or "nothing"
+    return f"{root} holds {listed}, no data set known here: lay it out in one of these ways.{LAYOUTS}"
 
 
 def missing_files(samples: list[Sample]) -> dict[str, list[int]]:

@@ -12,25 +12,87 @@ from imagery.pixels import MAX_PIXELS, decode
 NUMBERS = re.compile("(?:[P-o]{0,6}[0-O])+")
 
 
+class ShapeError(ValueError):
+    """A mask that can't lie on its image."""
+
+
 def load_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
     """uint8 (H, W) of 0/1 as stored; `size` (H, W) is the image's, and the mask's where the data set gives none."""
     if isinstance(sample.mask, str):
-        image = decode(sample.mask, any_depth=True)
-        (width, height), (rows, columns) = image.size, size
-        if abs(height * columns / (width * rows) - 1) > 0.05:  # real ones are a few rows off
-            raise ValueError(f"{sample.mask} ({width} x {height}) and the image ({columns} x {rows}, unturned) differ in shape")
-        grey = image.mode[0] in "IF" or image.mode == "L"
-        pixels = np.asarray(image) if grey else np.asarray(image.convert("RGB")).max(axis=2)  # any colour; not alpha
-        return (pixels > sample.threshold).astype(np.uint8)
-    # The union: the published loader keeps pixels that exactly one part covers, and so drops those that two cover.
-    height, width = sample.size or size
+        return load_mask_file(sample.mask, sample.threshold, size)
+    if not sample.mask:
+        return np.zeros(size, np.uint8)
+    try:
+        return draw_parts(sample.mask, sample.size or size, size)
+    except ValueError as error:
+        ids = sample.annotation if isinstance(sample.annotation, list) else [sample.annotation]
+        kind = ShapeError if isinstance(error, ShapeError) else ValueError
+        raise kind(f"annotation {', '.join(map(str, ids))}: {error}") from None
+
+
+def load_mask_file(path: str, threshold: int | None, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W) of 0/1: what is brighter than `threshold`, or, where that is None, not black and of one colour."""
+    image = decode(path, any_depth=True)
+    check_shape(path, (image.height, image.width), size)
+    grey = image.mode[0] in "IF" or image.mode == "L"
+    pixels = np.asarray(image if grey else image.convert("RGB"))  # any colour; not alpha
+    if threshold is None:
+        check_colours(path, pixels)
+    pixels = pixels if grey else pixels.max(axis=2)
+    return (pixels > (threshold if threshold and pixels.max() > 1 else 0)).astype(np.uint8)  # 0 and 1 alone: 1 is foreground
+
+
+def holds_zeros_and_ones(sample: Sample) -> bool:
+    """Whether the mask is a file of 0 and 1 where its layout has brighter ones."""
+    if not (sample.threshold and isinstance(sample.mask, str)):
+        return False
+    return decode(sample.mask, any_depth=True).convert("L").getextrema() == (0, 1)
+
+
+def check_shape(what: str, shape: tuple[int, int], size: tuple[int, int]) -> None:
+    """ShapeError where a mask of `shape` (H, W) is no mask of an image of `size`; real ones are a few rows off."""
+    (height, width), (rows, columns) = shape, size
+    turned = shape == size[::-1] != size
+    if turned or abs(height * columns / (width * rows) - 1) > 0.05:
+        hint = ": height and width are swapped" if turned else ""
+        raise ShapeError(f"{what} ({width} x {height}) and the image ({columns} x {rows}, unturned) differ in shape{hint}")
+
+
+def check_colours(path: str, pixels: np.ndarray) -> None:
+    """ValueError for a map of several targets or classes, uint8 (H, W, 3) or any grey (H, W), instead of one target's mask."""
+    if pixels.ndim == 3:
+        red, green, blue = np.moveaxis(pixels.astype(np.uint32), 2, 0)
+        codes = red << 16 | green << 8 | blue  # (H, W)
+    else:
+        codes = pixels
+    if ((codes == 0) | (codes == codes.max())).all():
+        return
+    codes, counts = np.unique(codes[codes != 0], return_counts=True)
+    colours = codes[:, None] >> [16, 8, 0] & 255 if pixels.ndim == 3 else codes[:, None]  # (N, 3) or (N, 1)
+    brightness = colours.max(axis=1).astype(float)
+    top = counts.argmax()
+    # A soft edge: many shades of one colour, of which the brightest is the commonest.
+    one_hue = np.abs(colours * brightness[top] - colours[top] * brightness[:, None]).max() <= 2 * brightness[top]
+    if len(codes) > 8 and one_hue and brightness[top] == brightness.max():
+        return
+    names = [f"#{code:06x}" if pixels.ndim == 3 else f"{code}" for code in codes[np.argsort(-counts, kind="stable")]]
+    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    raise ValueError(f"{path} has {len(names)} colours beside black ({listed}): make a mask of one colour for each target")
+
+
+def draw_parts(parts: tuple, canvas: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """RLEs, and polygons on a canvas (H, W) -> their union, uint8 (H, W), on an image of `size`.
+
+    The published loader keeps pixels that exactly one part covers, and so drops those that two cover."""
+    height, width = canvas
     if not 0 < height * width <= MAX_PIXELS:
         raise ValueError(f"instances.json gives the image {height} x {width} pixels")
-    planes = [decode_rle(part) for part in sample.mask if isinstance(part, dict)]
-    planes += [draw_polygon(part, height, width) for part in sample.mask if isinstance(part, list)]
+    planes = [decode_rle(part) for part in parts if isinstance(part, dict)]
+    planes += [draw_polygon(part, height, width) for part in parts if isinstance(part, list)]
     if len({plane.shape for plane in planes}) > 1:
         raise ValueError("the parts of the mask differ in size")
-    return np.maximum.reduce(planes) if planes else np.zeros((height, width), np.uint8)
+    check_shape("the mask", planes[0].shape, size)
+    return np.maximum.reduce(planes)
 
 
 def decode_rle(rle: dict) -> np.ndarray:

@@ -19,9 +19,10 @@ class Sample:
     phrases: tuple[str, ...]
     kinds: tuple[str, ...]              # of each phrase; '' where the data set doesn't say
     category: str                       # '' if unknown
-    mask: str | tuple                   # path of a mask file, or COCO RLEs and polygons: their union
+    mask: str | tuple                   # path of a mask file, or COCO RLEs and polygons: their union; (): no target
     size: tuple[int, int] | None = None  # (H, W) that polygons are drawn at; None: the image's
-    threshold: int = 0                  # foreground of a mask file is what lies above
+    threshold: int | None = 0           # foreground of a mask file is what lies above; None: its one colour but black
+    annotation: object = None           # id or ids of the mask, where the data set numbers them
 
 
 def read_text(path: Path) -> str:
@@ -40,7 +41,7 @@ def read_text(path: Path) -> str:
 def clean_phrase(text, where: str) -> str:
     """The phrase without the blanks around it; double spaces and typos inside stay."""
     text = text.strip() if isinstance(text, str) else ""
-    if not text:
+    if not any(c.isprintable() and c != " " for c in text):  # nor are zero-width characters alone a phrase
         raise UserError(f"{where}: the phrase is empty; write one, or take the sample out.")
     if len(text) > MAX_PHRASE:
         raise UserError(f"{where}: the phrase has {len(text):,} characters, at most {MAX_PHRASE:,} are taken.")

@@ -72,7 +72,7 @@ def read_csv(path: Path) -> list[Sample]:
     return [Sample(mask if image == mask else f"{image}+{mask or category}", split, os.path.join(root, "images", image),
                    *map(tuple, zip(*phrases)), category,
                    mask=os.path.join(root, "masks", mask) if mask else (),
-                   threshold=127 if mask.lower().endswith((".jpg", ".jpeg")) else 0)  # JPEG blurs 0 and 255
+                   threshold=127 if mask.lower().endswith((".jpg", ".jpeg")) else None)  # JPEG blurs 0 and 255
             for (image, mask, split, category), phrases in targets.items()]
 
 

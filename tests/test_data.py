@@ -244,12 +244,12 @@ def test_names_and_folders(tmp_path, monkeypatch):
 
 def test_an_item_of_a_grey_image_with_exif_and_a_mask_of_another_size(tmp_path):
     cv2.setNumThreads(2)
-    mask, exif = box(80, 80, 10, 20, 50, 60), Image.Exif()
+    mask, exif = box(80, 100, 10, 20, 50, 60), Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     save(one_ref(tmp_path, [rle(mask)]) / IMAGE, picture()[..., 0], exif=exif, quality=95)
     item = opened(tmp_path)[0]
     words = {"id": "3", "category": "d", "kind": "", "phrase": "A ship on the left", "file": str(tmp_path / IMAGE)}
-    shapes = {"image": (3, 64, 64), "encoder_image": (3, 32, 32), "target": (64, 64), "mask": (80, 80)}
+    shapes = {"image": (3, 64, 64), "encoder_image": (3, 32, 32), "target": (64, 64), "mask": (80, 100)}
     assert np.array_equal(item["mask"], mask) and words == {key: item[key] for key in words}
     assert all(item[key].shape == shape and item[key].dtype == torch.uint8 for key, shape in shapes.items())
     assert np.array_equal(item["target"], Image.fromarray(mask).resize((64, 64), Image.NEAREST))
