@@ -11,7 +11,6 @@ import unicodedata
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 
 def fitted(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -41,16 +40,17 @@ def captioned(image: np.ndarray, text: str, below: bool = False, lines: int = 1,
     """The picture with a white strip above it (or below) that holds the text.
 
     The text has letters of `size` pixels and at most `lines` lines, as many as it needs; "..." stands for the rest of it.
-    Pillow's own font has the letters of ASCII: accents are left out and "?" stands for every other letter.
+    OpenCV's own font has Latin, Greek, Cyrillic, Arabic, Chinese, Japanese and Korean; "?" stands for every other letter.
     """
-    font = ImageFont.load_default(size)
-    letters = unicodedata.normalize("NFKD", " ".join(text.split()))
-    letters = "".join(c for c in letters if not unicodedata.combining(c)).encode("ascii", "replace").decode()
-    fit = 0.95 * (image.shape[1] - 12) * len(letters) / max(1, font.getlength(letters))  # letters to a line, on average
+    font = cv2.FontFace("sans")
+    letters = "".join(c for c in unicodedata.normalize("NFC", " ".join(text.split())) if c.isprintable())
+    length = cv2.getTextSize((0, 0), letters, (0, 0), font, size)[2]
+    fit = 0.95 * (image.shape[1] - 12) * len(letters) / max(1, length)  # letters to a line, on average
     rows = textwrap.wrap(letters, max(3, int(fit)), max_lines=lines, placeholder="...") or [""]
-    strip = Image.new("RGB", (image.shape[1], (size + 6) * len(rows) + 6), "white")
-    ImageDraw.Draw(strip).multiline_text((6, 3), "\n".join(rows), "black", font, spacing=4)
-    return np.concatenate([image, np.asarray(strip)] if below else [np.asarray(strip), image])
+    strip = np.full(((size + 6) * len(rows) + 6, image.shape[1], 3), 255, np.uint8)
+    for n, row in enumerate(rows, start=1):
+        cv2.putText(strip, row, (6, (size + 6) * n - 3), (0, 0, 0), font, size)
+    return np.concatenate([image, strip] if below else [strip, image])
 
 
 def grid(rows: list[list[np.ndarray]], gap: int = 0) -> np.ndarray:
