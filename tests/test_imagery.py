@@ -431,4 +431,4 @@ def test_the_painter():
         assert np.array_equal(picture, image) and 10 < len(strip) <= 70
         assert (strip[-1] == 255).all() and (strip[:, -4:] == 255).all()  # nothing is cut off
         assert np.array_equal(captioned(image, text, below=True, lines=3), np.concatenate([image, strip]))
-    assert len({captioned(image, letter).tobytes() for letter in "?船左선кλقée"}) == 10
+    assert len({captioned(image, letter).tobytes() for letter in "?船左선кλقée"}) == 9
