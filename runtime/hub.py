@@ -78,7 +78,7 @@ def failure(error: Exception, what: str) -> UserError:
 
 
 def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def require_space(folder: Path, size: float, what: str) -> None:

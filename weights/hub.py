@@ -65,7 +65,7 @@ def fetch(files: list[HubFile]) -> list[Path]:
         what = f"weights are missing: {'; '.join(map(str, missing))}"
         missing = ask(lambda: [looked_up(file) for file in missing], what)
         size, cache = sum(file.size for file in missing), Path(constants.HF_HUB_CACHE)
-        require_space(cache, size, what)
+        require_space(cache, size, f"downloading {'; '.join(map(str, missing))}")
         print(f"downloading weights from {constants.ENDPOINT} to {cache}:", *missing, sep="\n  ", flush=True)
         for file in missing:
             try:
