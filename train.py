@@ -135,9 +135,11 @@ def parameter_groups(model: RS2SAM2, recipe: Recipe) -> list[dict]:
     return groups
 
 
-def optimizer_for(model: RS2SAM2, recipe: Recipe) -> torch.optim.Optimizer:
-    groups, options = parameter_groups(model, recipe), {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
-    return Muon(groups, nesterov=True, **options) if recipe.muon else torch.optim.AdamW(groups, fused=True, **options)
+def optimizers_for(model: RS2SAM2, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW, and with Muon a second one for the matrices."""
+    groups = parameter_groups(model, recipe)
+    adamw = torch.optim.AdamW(groups[:2], betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    return [adamw, Muon(groups[2:], weight_decay=recipe.weight_decay, nesterov=True)] if recipe.muon else [adamw]
 
 
 def learning_rate(recipe: Recipe, progress: float, epoch: int) -> float:
@@ -167,8 +169,8 @@ class Run:
         self.forward = self.synced = callable_form(self.model, device)
         if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
             self.synced = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)  # no second copy of gradients
-        self.optimizer = optimizer_for(model, recipe)
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizers = optimizers_for(model, recipe)
+        self.trained = [p for group in self.groups() for p in group["params"]]
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = AveragedWeights(model, recipe.ema)
@@ -178,6 +180,9 @@ class Run:
         shortest, longest = recipe.epoch_range
         self.epoch_samples = int(max(shortest, min(longest, len(train_set))))
         self.epochs = -(-recipe.samples // self.epoch_samples) or recipe.epochs
+
+    def groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def checkpoint(self, metrics: dict) -> dict:
         """What best.pt holds: all that evaluate.py and predict.py need, as plain values and tensors."""
@@ -192,7 +197,8 @@ class Run:
         if rank():
             return
         state = {
-            "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+            "scaler": self.scaler.state_dict(),
             "samples": self.samples, "best": self.best, "log": self.log, "running": self.running,
         }  # fmt: skip
         self.folder.save(self.checkpoint(metrics) | state, self.log)
@@ -200,8 +206,9 @@ class Run:
 
     def restore(self, state: dict) -> None:
         """Take over the state of a last.pt whose weights the model has already. Learning rates are the recipe's."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, new in zip(self.optimizer.param_groups, parameter_groups(self.model, self.recipe)):
+        for optimizer, old in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(old)
+        for group, new in zip(self.groups(), parameter_groups(self.model, self.recipe)):
             group["peak"] = new["peak"]
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -264,7 +271,7 @@ def train_epoch(run: Run, stop: StopSignal) -> dict[str, float]:
 def train_step(run: Run, batch: dict, stop: StopSignal) -> tuple[dict[str, float], bool]:
     """One optimiser step on this process's part of a batch -> (the loss and its terms; whether a signal asks to stop)."""
     progress = run.samples / (run.epochs * run.epoch_samples)
-    for group in run.optimizer.param_groups:
+    for group in run.groups():
         group["lr"] = group["peak"] * learning_rate(run.recipe, progress, run.epoch)
     # What is random in the model is fixed by the step, so it is the same wherever the run was interrupted.
     torch.manual_seed(int(np.random.SeedSequence([run.args.seed, run.samples, rank()]).generate_state(1)[0]))
@@ -274,16 +281,18 @@ def train_step(run: Run, batch: dict, stop: StopSignal) -> tuple[dict[str, float
         part = to_device({key: value[n * size : (n + 1) * size] for key, value in batch.items()}, run.device)
         for key, term in backward(run, part, last=n == parts - 1).items():
             sums[key] = sums.get(key, 0.0) + term
-    run.scaler.unscale_(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.trained, run.recipe.clip)
     values = torch.stack([*sums.values(), norm, torch.full_like(norm, stop.number)]) / world_size()
     if world_size() > 1:
         dist.all_reduce(values)  # all processes see the same, so they stop together
     *values, norm, asked = values.tolist()  # the step's one wait for the device
     check_finite(run, values[0], norm, batch["id"])
-    run.scaler.step(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
+        optimizer.zero_grad()
     run.scaler.update()
-    run.optimizer.zero_grad()
     run.average.update()
     run.samples += run.recipe.batch_size
     return dict(zip(sums, values)), bool(asked)

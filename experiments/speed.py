@@ -46,7 +46,7 @@ from runtime.devices import autocast, compute_dtype, default_workers, to_device
 from runtime.errors import exit_on_user_error
 from runtime.run_folder import revision
 from synthetic_scenes.scenes import scene
-from train import optimizer_for
+from train import optimizers_for
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
 TASKS = ("train", "loader", "forward", "evaluate")  # in this order
@@ -164,8 +164,8 @@ class Step:
     """A training step as train.py does it. batch as `random_batch` gives it; call is the model or its compiled form."""
 
     def __init__(self, model: RS2SAM2, recipe: Recipe):
-        self.optimizer, self.recipe = optimizer_for(model, recipe), recipe
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizers, self.recipe = optimizers_for(model, recipe), recipe
+        self.trained = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, call, batch, precision) -> None:
         *inputs, target = batch
@@ -175,8 +175,9 @@ class Step:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip)
         torch.stack([loss, norm]).tolist()  # the step's one wait for the device
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def forward_once(call, batch, precision) -> None:

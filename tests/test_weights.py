@@ -425,5 +425,5 @@ def test_a_run_s_state_is_read_from_its_folder_or_file(tmp_path):
     assert_refused(lambda: read_run(tmp_path), "last.pt holds weights alone")
     last.write_bytes(last.read_bytes()[:-100])
     assert_refused(lambda: read_run(tmp_path), "last.pt can't be read")
-    torch.save(state | {"optimizer": {}, "log": [], "running": {}, "samples": 8}, last)
+    torch.save(state | {"optimizers": [], "log": [], "running": {}, "samples": 8}, last)
     assert all((state["samples"], file) == (8, last) for state, file in map(read_run, (tmp_path, last)))

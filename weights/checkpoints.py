@@ -34,7 +34,7 @@ from weights.hub import resolve
 from weights.names import is_published
 from weights.saved import is_saved, read_saved
 
-IN_THE_FILE = ("model", "average", "optimizer", "tokenizer")  # entries of a checkpoint whose tensors are mapped
+IN_THE_FILE = ("model", "average", "optimizers", "tokenizer")  # entries of a checkpoint whose tensors are mapped
 
 
 class skip_initialisation(TorchFunctionMode):
@@ -228,15 +228,15 @@ def read_run(path: str | Path) -> tuple[dict, Path]:
     if not last.is_file():
         raise UserError(f"nothing to resume: {last} does not exist; give the folder of a run that holds last.pt")
     state = read_checkpoint(last)
-    if missing := [name for name in ("optimizer", "log", "running", "samples") if name not in state]:
-        raise UserError(
-            f"{last} holds weights alone (no {missing[0]}) and can't be gone on with: name the run's folder or its last.pt, or "
-            f"start from these weights by --init"
-        )
-    if "average_steps" in state:
+    if "optimizer" in state:
         raise UserError(
             f"{last} was written by an earlier revision ({state['revision']}): finish the run with that one, or start from its "
             f"weights by --init"
+        )
+    if missing := [name for name in ("optimizers", "log", "running", "samples") if name not in state]:
+        raise UserError(
+            f"{last} holds weights alone (no {missing[0]}) and can't be gone on with: name the run's folder or its last.pt, or "
+            f"start from these weights by --init"
         )
     return state, last
 
