@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from annotations.layouts import read_samples
+from annotations.predicates import POSITION_WORDS, is_at, is_most
 from data import Collate, flip_phrase, open_dataset
 from evaluate import bootstrap, iou_counts, masks_at, sample_iou, score, summarise, summarise_rows, table
 from experiments.stand_ins import load
@@ -29,8 +30,7 @@ from imagery.pictures import captioned, fitted, grid, lit
 from runtime.arguments import at_least
 from runtime.devices import autocast, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
-from synthetic_scenes.objects import CATEGORIES, COLOURS, Object, is_at, is_most
-from synthetic_scenes.phrases import POSITION_WORDS
+from synthetic_scenes.objects import CATEGORIES, COLOURS, Object
 from synthetic_scenes.scenes import make_scenes, scene
 
 POSITION_OF = {words: position for position, wordings in POSITION_WORDS.items() for words in wordings}

@@ -1,6 +1,7 @@
 """SAM 2's own training in miniature: a SAM 2 of `tiny`'s size learns to segment what a click or a box points at.
 
     python -m experiments.pretrain --out runs/sam2-tiny.pt        writes a file in SAM 2's format; minutes on two cores
+    python -m experiments.pretrain --instances instances.json --images DIR      the objects of a file in COCO's format
     python train.py --sam2 runs/sam2-tiny.pt                      trains `tiny` around that image encoder, which stays frozen
     python -m experiments.ablate --out runs/frozen -- --sam2 runs/sam2-tiny.pt
 
@@ -22,7 +23,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Collate, TrainingOrder, open_dataset
+from annotations.instances import InstancesFile
+from data import Collate, ReferringDataset, TrainingOrder, open_dataset
 from evaluate import iou_counts, masks_at, summarise
 from experiments.stand_ins import leave_out
 from losses import cross_entropy, dice
@@ -34,17 +36,18 @@ from runtime.devices import default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
 from runtime.run_folder import write_checkpoint
 from synthetic_scenes.scenes import ensure_scenes
-from train import learning_rate, optimizer_for
+from train import learning_rate, optimizers_for
 from weights.names import our_name
 
 SCENES = Path("data/scenes-clicks")
+MIN_SHARE = 0.003  # of the image, for an object of --instances to be pointed at
 AWAY, TOWARDS, CORNERS, NOTHING = 0, 1, (2, 3), -1  # SAM 2's labels of points
 ADDED = ("fusion", "decoder-fusion", "mask-prompt", "boundary")  # what the method adds to SAM 2
 
 
-def bare_sam2() -> RS2SAM2:
+def bare_sam2(image_size: int) -> RS2SAM2:
     """`tiny` without what the method adds; all of SAM 2 in it is trained, with the parts that only clicks and boxes need."""
-    model = RS2SAM2(replace(PRESETS["tiny"], train_trunk=True))
+    model = RS2SAM2(replace(PRESETS["tiny"], train_trunk=True, image_size=image_size))
     leave_out(model, ADDED)
     model.dense_prompt = PreviousMask()
     for unused in (model.union_encoder, model.sparse_prompt, model.text_features):
@@ -148,20 +151,21 @@ def batches(dataset, model: RS2SAM2, **options):
 def train(model: RS2SAM2, dataset, samples: int, seed: int) -> None:
     """By the recipe of `tiny`; the averaged weights remain."""
     recipe = RECIPES["tiny"]
-    optimizer, average = optimizer_for(model, recipe), AveragedWeights(model, recipe.ema)
+    optimizers, average = optimizers_for(model, recipe), AveragedWeights(model, recipe.ema)
     rng, done = np.random.default_rng(seed), 0
     order = TrainingOrder(len(dataset), seed, 0, samples, recipe.batch_size)
     model.train()
     with tqdm(total=samples, unit="img", disable=None) as bar:
         for batch in batches(dataset, model, batch_sampler=order):
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * learning_rate(recipe, done / samples, epoch=0)
             answers = both_answers(model, batch, rng)
             total = sum(loss(logits, batch["target"]) for logits in answers) / len(answers)
             total.backward()
             torch.nn.utils.clip_grad_norm_(average.live.values(), recipe.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             average.update()
             done += len(batch["target"])
             bar.set_postfix(loss=f"{total.item():.3f}", refresh=False)
@@ -181,6 +185,17 @@ def validate(model: RS2SAM2, dataset, seed: int) -> list[float]:
     return [summarise(*zip(*counts))["mIoU"] for counts in found]
 
 
+def open_set(args: argparse.Namespace, split: str) -> ReferringDataset:
+    """A split of --data, of the scenes or, with no word to them, of the objects of --instances."""
+    if args.instances:
+        samples = InstancesFile(args.instances, args.images).samples(split, MIN_SHARE)
+        augment = "ours" if split == "train" else None
+        return ReferringDataset("instances", args.images, split, samples, args.image_size, 32, True, augment, args.seed)
+    if not args.data:
+        ensure_scenes(SCENES, test=0, seed=1)
+    return open_dataset(args.data or str(SCENES), split, one_phrase=True, seed=args.seed)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -188,20 +203,21 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/sam2-tiny.pt"), metavar="FILE", help="default: runs/sam2-tiny.pt")
     add("--data", help=f"data set by name or path (default: scenes of its own, generated as {SCENES})")
+    add("--instances", type=Path, metavar="FILE", help="in place of a data set: a file in COCO's format, flips and colour vary")
+    add("--images", type=Path, metavar="DIR", help="where the images of --instances lie")
+    add("--image-size", type=at_least(int, 32), default=128, metavar="S", help="pixels, a multiple of 32 (default: 128)")
     add("--samples", type=at_least(int, 1), default=40_000, help="targets to train on (default: 40000)")
     add("--seed", type=at_least(int, 0), default=0, help="of initial weights, order and prompts (default: 0)")
     args = parser.parse_args(arguments)
     if args.out.exists():
         raise UserError(f"{args.out} exists already: name another --out")
-    if not args.data:
-        ensure_scenes(SCENES, test=0, seed=1)
-    sets = [open_dataset(args.data or str(SCENES), split, one_phrase=True, seed=args.seed) for split in ("train", "val")]
+    sets = [open_set(args, split) for split in ("train", "val")]
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{args.out} can't be written ({error.strerror}): choose another --out", exit_code=1) from None
     torch.manual_seed(args.seed)
-    model, start = bare_sam2().to(pick_device()), time.perf_counter()
+    model, start = bare_sam2(args.image_size).to(pick_device()), time.perf_counter()
     train(model, sets[0], args.samples, args.seed)
     minutes = (time.perf_counter() - start) / 60
     write_checkpoint(args.out, {"model": sam2_state(model)})

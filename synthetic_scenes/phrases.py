@@ -5,17 +5,18 @@ Of several objects of a category none is ever called by the category alone, so l
 
 import numpy as np
 
-from synthetic_scenes.objects import (
-    CATEGORIES,
-    COLOURS,
+from annotations.predicates import (
     DIRECTIONS,
+    POSITION_WORDS,
+    RELATION_WORDS,
     SUPERLATIVES,
-    Object,
-    descriptions,
+    SYNONYMS,
     is_most,
     is_towards,
+    pick,
     picks_out,
-)  # fmt: skip
+)
+from synthetic_scenes.objects import CATEGORIES, COLOURS, Object, descriptions
 
 # Kind of phrase -> its weight when a scene's next phrase is drawn among the kinds available there. Colour
 # with position, and size, are available less often than the others: their weights exceed the shares wanted.
@@ -23,29 +24,8 @@ KINDS = {
     "category": 0.05, "colour": 0.15, "size": 0.20, "position": 0.22, "colour+position": 0.34, "relation": 0.15,
     "superlative": 0.05,
 }  # fmt: skip
-# Position -> wordings.
-POSITION_WORDS = {
-    "left": ("on the left", "on the left side"), "right": ("on the right", "on the right side"),
-    "middle": ("in the middle", "in the center"),
-}  # fmt: skip
-POSITION_WORDS |= {
-    p: (f"on the {p}", f"at the {p}")
-    for p in ("top", "bottom", "upper left", "upper right", "lower left", "lower right")
-}
-# Direction in degrees from the object named second (x to the right, y down) -> wordings.
-RELATION_WORDS = {
-    0: ("on the right of", "to the right of"), 180: ("on the left of", "to the left of"), 90: ("below",), 270: ("above",),
-    45: ("on the lower right of",), 135: ("on the lower left of",), 225: ("on the upper left of",),
-    315: ("on the upper right of",),
-}  # fmt: skip
-SYNONYMS = {"small": ("small", "tiny"), "large": ("large", "big"), "largest": ("largest", "biggest")}
 # One pair of colour and category each: with hold_out, no phrase of the training split says it.
 HELD_OUT = tuple(f"{colour} {name}" for (_, name, *_), colour in zip(CATEGORIES.values(), [*COLOURS] * 2))
-
-
-def pick(rng: np.random.Generator, items):
-    """One of the items."""
-    return items[rng.integers(len(items))]
 
 
 def noun(rng: np.random.Generator, o: Object, adjective: str = "", position: str = "") -> str:

@@ -16,10 +16,11 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from annotations.predicates import pick
 from runtime.errors import UserError
 from synthetic_scenes.drawing import SHAPES, ground, paint
 from synthetic_scenes.objects import CATEGORIES, COLOURS, SIZES, Object
-from synthetic_scenes.phrases import HELD_OUT, draw_phrases, pick
+from synthetic_scenes.phrases import HELD_OUT, draw_phrases
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
