@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ from annotations.layouts import read_samples
 from model import RS2SAM2
 from predict import RS2SAM2Predictor
 from presets import PRESETS, RECIPES
+from runtime.hub import PATIENCE
 from weights.checkpoints import build_model, load_checkpoint, read_checkpoint, stored_recipe
 from weights.hub import resolve
 
@@ -212,9 +214,13 @@ def test_foundation_weights_are_told_at_once_downloaded_once_and_found_without_n
 
 
 def test_missing_weights_are_one_sentence_within_five_seconds_and_before_any_scene(hub, monkeypatch, capfd):
-    """Where nobody listens, and where a server listens and never answers; nothing else reaches the terminal."""
-    hub.silent = 30
-    for url in (NOBODY, hub.url):
+    """Where nobody listens, where a server listens and never answers, and where no name server does; nothing else is said."""
+    assert PATIENCE < 5
+    hub.silent, look_up = 30, socket.getaddrinfo
+    slow = lambda host, *more, **kw: time.sleep(30) if "invalid" in str(host) else look_up(host, *more, **kw)  # noqa: E731
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    for url, patience in ((NOBODY, PATIENCE), (hub.url, 1), ("http://hub.invalid", 1)):
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", str(patience))
         name_hub(monkeypatch, url)
         began = time.perf_counter()
         with pytest.raises(SystemExit) as end:
