@@ -32,7 +32,7 @@ from tqdm import tqdm
 from annotations.masks import decode_rle
 from annotations.predictions import encode, read_predictions, to_json
 from data import Collate, ReferringDataset, open_dataset
-from imagery.pictures import captioned, fitted, grid, lit
+from imagery.pictures import captioned, fitted, grid, lit, outlined
 from imagery.results import probabilities
 from model import count_parameters
 from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
@@ -205,7 +205,8 @@ def table(scores: dict[str, dict[str, float]]) -> str:
 
 @torch.inference_mode()
 def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
-    """A PNG with one row a sample: image, truth, pseudo-mask (where the model has one), prediction; IoU and phrase above."""
+    """A PNG with one row a sample: image, outlines of truth (green) and prediction (yellow), and by the light they leave on the
+    image truth, pseudo-mask (where the model has one) and prediction; IoU and phrase above."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     rows = []
@@ -220,11 +221,11 @@ def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
 
 
 def panel(item: dict, prediction: np.ndarray, pseudo: list[np.ndarray]) -> list[np.ndarray]:
-    """A row of panels."""
     truth = item["mask"].numpy()
     iou = float(sample_iou(*iou_counts(prediction, truth), "ours"))
     image = fitted(item["image"].permute(1, 2, 0).numpy(), 256, 256)
-    cells = [image, *(lit(image, mask) for mask in (truth, *pseudo, prediction))]
+    outlines = outlined(outlined(image, truth, colour=(0, 255, 80)), prediction)  # seen in a dark scene too
+    cells = [image, outlines, *(lit(image, mask) for mask in (truth, *pseudo, prediction))]
     return [captioned(grid([cells]), f"IoU {iou:.2f}  {item['phrase']}")]
 
 

@@ -224,7 +224,7 @@ def test_evaluation_needs_the_checkpoint_alone(call, scenes, checkpoint):
     for group in ("by kind", "by size", "by category"):
         assert sum(scores["samples"] for scores in result[group].values()) == len(rows)
     panels = cv2.imread("panels-test.png")
-    assert panels.shape[1] == 4 * 256 and panels.shape[0] > 3 * 256  # image, truth, pseudo-mask, prediction
+    assert panels.shape[1] == 5 * 256 and panels.shape[0] > 3 * 256  # image, outlines, truth, pseudo-mask, prediction
     call("--ckpt", checkpoint, "--panels", 1, "--split", "val", "--protocol", "paper")
     call("--ckpt", checkpoint, "--panels", 1)
     assert "torchrun --nproc-per-node 8 evaluate.py" in call("--help")
@@ -236,10 +236,10 @@ def test_panels_of_chosen_samples(call, scenes, checkpoint, monkeypatch):
     monkeypatch.setattr(evaluate, "panel", lambda item, *masks: drawn.append(item["id"]) or panel(item, *masks))
     ids = [sample.id for sample in open_dataset(scenes, "test").samples][2::-2]
     call("--ckpt", checkpoint, "--ids", *ids, "--predictions", "p.json")
-    assert list(dict.fromkeys(drawn)) == ids and cv2.imread("panels-test.png").shape[1] == 4 * 256
+    assert list(dict.fromkeys(drawn)) == ids and cv2.imread("panels-test.png").shape[1] == 5 * 256
     drawn.clear()
     call("--from", "p.json", "--data", scenes, "--ids", ids[0], "--protocol", "ours")
-    assert set(drawn) == {ids[0]} and cv2.imread("panels-test-2.png").shape[1] == 3 * 256  # no pseudo-mask
+    assert set(drawn) == {ids[0]} and cv2.imread("panels-test-2.png").shape[1] == 4 * 256  # no pseudo-mask
     assert "--ids 99: split test has no such sample, but " in call("--ckpt", checkpoint, "--ids", 99, code=2)
 
 
