@@ -11,7 +11,6 @@ import pickle
 import re
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 from annotations.samples import Sample, clean_phrase, read_text
@@ -76,7 +75,7 @@ def read_refer(refs_file: Path) -> list[Sample]:
     """RRSIS-D and relatives: refs(unc).p with the phrases, instances.json with the masks."""
     instances_file = refs_file.with_name(re.sub(r"refs\([^)]*\)\.p$", "instances.json", refs_file.name))
     refs, instances = read_pickle(refs_file), read_json(instances_file)
-    samples, where = [], str(instances_file)
+    names, samples, where = [], [], str(instances_file)
     try:
         images = {image["id"]: image for image in instances["images"]}
         categories = {category["id"]: category["name"] for category in instances.get("categories", [])}
@@ -86,7 +85,14 @@ def read_refer(refs_file: Path) -> list[Sample]:
                 raise ValueError(f"two different annotations have id {annotation['id']}")
         for number, ref in enumerate(refs):
             where = f"{refs_file}, ref number {number}"
-            samples.append(refer_sample(ref, images, annotations, categories, where))
+            names.append(images.get(ref["image_id"], {}).get("file_name") or ref["file_name"])
+            if not isinstance(names[-1], str):
+                raise ValueError("a file_name is no text")
+        folder = image_folder(refs_file, set(names))
+        for number, (ref, name) in enumerate(zip(refs, names)):
+            where = f"{refs_file}, ref number {number}"
+            image = images.get(ref["image_id"], {})
+            samples.append(refer_sample(ref, os.path.join(folder, name), image, annotations, categories, where))
     except SegmentationError as error:
         raise UserError(f"{instances_file}: {error}.") from None
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
@@ -94,8 +100,7 @@ def read_refer(refs_file: Path) -> list[Sample]:
         raise UserError(f"{where} is not as in RRSIS-D ({reason}): mend the file or get it again.") from None
     if twice := [id for id, n in Counter(sample.id for sample in samples).items() if n > 1]:
         raise UserError(f"{refs_file} has a ref_id more than once ({', '.join(twice[:5])}): make them unique.")
-    folder = image_folder(refs_file, {sample.image for sample in samples})
-    return [replace(sample, image=os.path.join(folder, sample.image)) for sample in samples]
+    return samples
 
 
 def image_folder(refs_file: Path, names: set[str]) -> Path:
@@ -141,7 +146,7 @@ def mask_parts(annotation: dict) -> list:
     return parts
 
 
-def refer_sample(ref: dict, images: dict, annotations: dict, categories: dict, where: str) -> Sample:
+def refer_sample(ref: dict, path: str, image: dict, annotations: dict, categories: dict, where: str) -> Sample:
     parts, category = [], ref.get("category_id")
     for ann_id in ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]:
         if ann_id in (None, -1):  # how relatives say that the phrase has no target in the image
@@ -153,13 +158,9 @@ def refer_sample(ref: dict, images: dict, annotations: dict, categories: dict, w
         category = annotation.get("categories_id", annotation.get("category_id", category))
     if not isinstance(ref["ref_id"], (int, str)) or not ref["sentences"]:
         raise ValueError("no ref_id or no sentences")
-    image = images.get(ref["image_id"], {})
-    file = image.get("file_name") or ref["file_name"]
-    if not isinstance(file, str):
-        raise ValueError("a file_name is no text")
     kinds = (sentence.get("kind") for sentence in ref["sentences"])
     return Sample(
-        id=str(ref["ref_id"]), split=sys.intern(ref["split"]), image=file,
+        id=str(ref["ref_id"]), split=sys.intern(ref["split"]), image=path,
         phrases=tuple(clean_phrase(s.get("raw") or s.get("sent"), where) for s in ref["sentences"]),
         kinds=tuple(kind if isinstance(kind, str) else "" for kind in kinds),
         category=str(categories.get(category, "")), mask=tuple(parts),
