@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 from annotations.layouts import IMAGE_SUFFIXES, clean_phrase, read_text
 from imagery.pixels import resize_image
-from imagery.raster import Scene, as_scene, open_scene
+from imagery.plain import Scene
 from imagery.results import Job, ResultFolder, mask_score_logits, readable
+from imagery.scenes import as_scene, open_scene
 from imagery.tiles import LARGE, TILE, TILINGS, batches, is_large, scene_rows
 from model import RS2SAM2
 from runtime.arguments import at_least
@@ -226,7 +227,7 @@ class PredictionRun:
                     elif scene is None:
                         raise UserError("The image could not be opened, see above.")
                     self.folder.refuse_existing(job, scene)
-                except (UserError, OSError) as error:
+                except Exception as error:  # what nobody foresaw costs its own job alone, too
                     self.fail(job, error)
                     continue
                 pending.append((job, scene))
@@ -242,7 +243,7 @@ class PredictionRun:
         phrases, options = [job.phrase for job in jobs], (args.tile, args.tiling, args.batch)
         try:
             rows = list(scene_rows(self.predictor.look, scenes, phrases, *options))
-        except (UserError, OSError) as error:
+        except Exception as error:
             if len(pending) == 1:
                 return self.fail(jobs[0], error)
             for one in pending:  # an image that can't be read costs its own jobs alone
@@ -254,7 +255,7 @@ class PredictionRun:
             settings["weights"] = provenance(self.predictor.facts)
             try:
                 line = self.folder.write(job, scene, strips, settings, notes)
-            except (UserError, OSError) as error:
+            except Exception as error:
                 self.fail(job, error)
                 continue
             self.bar.update()
@@ -262,6 +263,8 @@ class PredictionRun:
 
     def fail(self, job: Job, error: Exception) -> None:
         reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+        if not isinstance(error, (UserError, OSError)):
+            reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
         self.failures.append((job, reason))
         self.bar.update()
 

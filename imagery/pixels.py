@@ -1,7 +1,6 @@
-"""Pixels of plain images: decoding, and resizing to what a model takes. Errors are ValueErrors that name the file."""
+"""Pixels of the images and mask files of data sets, and resizing to what a model takes. Errors are ValueErrors that name
+the file."""
 
-import io
-import re
 from pathlib import Path
 
 import cv2
@@ -10,40 +9,34 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from runtime.files import file_bytes
+from imagery.plain import loaded, opened, quiet
+from imagery.scenes import MAX_PIXELS, open_scene, refuse_for_training
+from runtime.errors import UserError
 
-MAX_PIXELS = 2**26  # 8192 x 8192: a file that claims more is taken for a decompression bomb
+__all__ = ["MAX_PIXELS", "decode", "read_image", "resize_image", "resize_mask"]
 
 
 def decode(path: str | Path, any_depth: bool = False) -> Image.Image:
     """The image in the file, decoded; the first one where there are several.
 
     any_depth: grey of more than 8 bits is taken too (modes I;16, I and F). More bits in colour, which Pillow would cut down to
-    8 without a word, are always a ValueError, as are truncated files and those that claim more than MAX_PIXELS."""
+    8 without a word, are always a ValueError, as are animations, truncated files and those of more than MAX_PIXELS."""
     try:
-        image = Image.open(io.BytesIO(file_bytes(path)))  # reads no more than the header
-        too_large = image.width * image.height > MAX_PIXELS
-    except Image.DecompressionBombError:
-        too_large = True
-    except Exception as error:  # a hostile header can raise nearly anything
-        other = ", or not 8-bit grey or RGB" if str(path).lower().endswith((".tif", ".tiff")) else ""
-        raise ValueError(f"{path} can't be read: {getattr(error, 'strerror', None) or f'not a sound image{other}'}") from None
-    if too_large:
-        raise ValueError(f"{path} claims more than {MAX_PIXELS:,} pixels")
-    bits = 16 if re.search(";16[BLNS]", f"{image.tile}") or image.mode.startswith("I;16") else 32 if image.mode in "IF" else 8
-    if bits > 8 and not (any_depth and image.mode[0] in "IF"):
-        raise ValueError(f"{path} has {bits} bits a channel: stretch it to 8-bit RGB, all of a set alike")
-    try:
-        image.load()
-    except Exception:
-        raise ValueError(f"{path} is damaged or cut off") from None
-    return image
+        with quiet(), opened(Path(path)) or Image.fromarray(read_image(path)) as picture:
+            refuse_for_training(path, picture, None, any_depth)
+            return loaded(picture, path)
+    except UserError as error:
+        raise ValueError(str(error).rstrip(".")) from None
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """uint8 RGB (H, W, 3): grayscale becomes RGB; EXIF rotation is ignored, since masks aren't rotated (a TIFF's own tag
-    is obeyed by Pillow, in images and masks alike)."""
-    return np.array(decode(path).convert("RGB"))
+    """uint8 RGB (H, W, 3), black where there is no data: the pixels that predict.py sees (imagery/scenes.py).
+
+    EXIF rotation is ignored, since masks aren't rotated (a TIFF's own tag is obeyed by Pillow, in images and masks alike)."""
+    try:
+        return open_scene(path, as_stored=True).read_all()
+    except UserError as error:
+        raise ValueError(str(error).rstrip(".")) from None
 
 
 def resize_image(image: np.ndarray, size: int) -> torch.Tensor:

@@ -1,278 +1,172 @@
-"""Images of any kind behind one interface, read by windows; masks written by rows.
-
-    scene = open_scene(path)                a plain image (PNG, JPEG ...) or, by rasterio, a GeoTIFF of any size
-    scene.read(top, left, height, width)    uint8 RGB (height, width, 3), black where there is no data
-    scene.read_all()                        the same of the whole scene
-    scene.valid(top, height)                bool (height, W), False where there is no data, or None: data everywhere
-    scene.overview                          uint8 RGB, the whole scene, its longest side at most 2,048
-    scene.mask_file(path)                   a context whose write(top, uint8 rows (h, W)) makes the mask's file
-
-Plain images are decoded whole by Pillow, so their size is bounded; what is larger, or says more than a plain image can
-(georeferencing, 16 bits a band, many bands, nodata), is read by rasterio, window by window. Where pixels are not 8-bit, each
-band is stretched from its 2nd to its 98th percentile, taken from a reduced picture of the scene. A pixel whose alpha is
-0, or that is NaN or infinite, has no data. What can't be read is a UserError of one sentence.
-"""
+"""What rasterio reads by windows: georeferenced files, and what is larger or deeper than a plain picture."""
 
 import contextlib
-import warnings
+import functools
 from pathlib import Path
 
-import cv2
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from imagery.bands import NO_ALPHA, finite, is_alpha, pick_bands, stretch, stretch_limits
+from imagery.plain import NODATA, OVERVIEW, Scene, quiet
 from runtime.errors import UserError
 
-MAX_PLAIN = 2**27  # pixels of an image that is decoded whole: 400 MB of RGB
-OVERVIEW = 2048
-NODATA = 127  # of a mask file, where the scene has no data: 0 and 255 are taken
-WORLD_FILES = (".tfw", ".jgw", ".pgw", ".j2w", ".wld")  # the georeferencing, in a text beside the image
-GEO_TAGS = (33550, 33922, 34264, 34735, 42113)  # of TIFF: scale, tie points, matrix, coordinate system, nodata
+RGB = ("red", "green", "blue")
+OTHER_COLOURS = ("hue", "saturation", "lightness", "cyan", "magenta", "yellow", "black", "Y", "Cb", "Cr")
+TRUE_ALPHA = ("PNG", "WEBP", "JP2OpenJPEG", "GIF", "BMP")  # drivers of formats whose fourth channel is never infrared
 
 
-def open_scene(path: str | Path, bands: tuple[int, ...] | None = None) -> "Scene":
-    """The image at `path`. bands: 1-based numbers of one (grey) or three bands to take for RGB.
-
-    EXIF orientation is obeyed where the image is decoded whole; rasterio gives pixels as they are stored."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no image {path}: check the name.")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes): get it again.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits here are MAX_PLAIN and windows
-        reason = reason_for_rasterio(path)
-        return RasterFile(path, bands, reason) if reason else PlainImage(read_pixels(path), bands, str(path))
+def named_bands(file) -> list[int] | None:
+    """The 1-based numbers of the bands that the file names red, green and blue, None where it doesn't name all three."""
+    descriptions = [(text or "").strip().lower() for text in file.descriptions]
+    for names in (descriptions, [kind.name for kind in file.colorinterp]):
+        if all(colour in names for colour in RGB):
+            return [names.index(colour) + 1 for colour in RGB]
+    return None
 
 
-def as_scene(image: str | Path | Image.Image | np.ndarray) -> "Scene":
-    """A scene of a path, a PIL image or a uint8 array (H, W, 3)."""
-    if isinstance(image, (str, Path)):
-        return open_scene(image)
-    if isinstance(image, Image.Image):
-        with damage_as_user_error("The PIL image"):
-            pixels = pil_pixels(image)
-        return PlainImage(pixels)
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise UserError(f"An image is a path, a PIL image or a uint8 array (H, W, 3), not {found}.")
-    if 0 in image.shape:
-        raise UserError(f"The image is empty: its shape is {image.shape}.")
-    return PlainImage(image)
+def is_placed(file) -> bool:
+    """Whether the file says anything of its place on the Earth."""
+    return bool(file.crs or not file.transform.is_identity or file.gcps[0] or file.rpcs)
 
 
-def reason_for_rasterio(path: Path) -> str:
-    """Why the file needs rasterio, or '' where it is a plain image. An animation is a UserError."""
-    try:
-        with Image.open(path) as header:
-            if header.width * header.height > MAX_PLAIN:
-                return f"has {header.width:,} x {header.height:,} pixels"
-            frames = 1 if header.format in ("MPO", "TIFF") else getattr(header, "n_frames", 1)  # MPO: a stereo pair
-            if frames > 1:
-                raise UserError(f"{path} is an animation of {frames} frames: save the one you mean as a PNG.")
-            if header.format == "JPEG2000":
-                return "is a JPEG 2000 file"
-            if header.format == "PNG" and header.mode != "I;16" and ";16" in str(header.tile[0][3]):
-                return "has 16 bits a colour"  # Pillow would drop 8 of them
-            if any(path.with_suffix(suffix).exists() for suffix in WORLD_FILES):
-                return "has a world file beside it"
-            if header.format != "TIFF":
-                return ""
-            tags = header.tag_v2
-            if any(tag in tags for tag in GEO_TAGS):
-                return "is a GeoTIFF"
-            bits, samples, extra = tags.get(258, (1,)), tags.get(277, 1), tags.get(338, (0,))
-            alpha = samples == 4 and extra[0] in (1, 2)
-            colours = samples in (1, 3) or header.mode == "CMYK" or alpha
-            return "" if max(bits) <= 8 and colours else f"is a TIFF of {samples} bands, {max(bits)} bits each"
-    except Image.DecompressionBombError:
-        return "has more pixels than are decoded whole"
-    except UserError:
-        raise
-    except UnidentifiedImageError:
-        return "is a TIFF of an uncommon kind" if path.suffix.lower() in (".tif", ".tiff") else ""
-    except Exception:  # a hostile header can raise nearly anything; `read_pixels` puts it into words
-        return ""
+def pages_note(file) -> list[str]:
+    """A note where the file has several pages, of which the first is read. file: None where rasterio was not asked."""
+    pages = len(file.subdatasets) if file else 1
+    return [f"The file has {pages} pages, of which the first was looked at."] if pages > 1 else []
 
 
-class Scene:
-    height: int
-    width: int
-
-    def read_all(self) -> np.ndarray:
-        return self.read(0, 0, self.height, self.width)
-
-
-# Plain images ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def damage_as_user_error(name: str):
-    """What Pillow raises on a damaged image, which can be nearly anything, as a UserError."""
-    try:
-        yield
-    except Exception as error:
-        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0][:150]
-        raise UserError(f"{name} can't be read ({reason or type(error).__name__}): get it again.") from None
-
-
-def read_pixels(path: Path) -> np.ndarray:
-    """The decoded file, turned as its EXIF orientation says: (H, W) or (H, W, 3 or 4), RGB(A), of any depth."""
-    with damage_as_user_error(str(path)), Image.open(path) as image:
-        return pil_pixels(image)
-
-
-def pil_pixels(image: Image.Image) -> np.ndarray:
-    """A PIL image's pixels as `read_pixels` gives a file's."""
-    image.load()
-    with contextlib.suppress(Exception):  # an EXIF block that can't be read says nothing
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-    if image.mode in ("L", "RGB", "RGBA", "F", "I") or image.mode.startswith("I;16"):
-        return np.asarray(image)
-    transparent = image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info
-    image = image.convert("LA") if image.mode == "La" else image  # PIL goes on to RGBA from there alone
-    return np.asarray(image.convert("RGBA" if transparent else "RGB"))
-
-
-class PlainImage(Scene):
-    """An image in memory. pixels: (H, W) or (H, W, 1, 3 or 4) of any depth; a fourth channel is alpha."""
-
-    suffix = ".png"  # of its mask
-    crs = None
-
-    def __init__(self, pixels: np.ndarray, bands: tuple[int, ...] | None = None, name: str = "the image"):
-        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-        self.height, self.width, channels = pixels.shape
-        colours = pixels[..., pick_bands(bands, min(channels, 3), name)]
-        valid = pixels[..., 3] > 0 if channels == 4 else np.ones((self.height, self.width), bool)
-        if colours.dtype.kind == "f":
-            valid &= np.isfinite(colours).all(axis=2)
-        self.mask = None if valid.all() else valid
-        if colours.dtype != np.uint8:
-            step = max(1, max(self.height, self.width) // OVERVIEW)
-            seen = None if self.mask is None else self.mask[::step, ::step]
-            colours = stretch(colours, stretch_limits(colours[::step, ::step], seen))
-        self.pixels = np.ascontiguousarray(colours)
-        if self.mask is not None:
-            self.pixels = self.pixels * self.mask[..., None]
-        scale = min(1, OVERVIEW / max(self.height, self.width))
-        size = (max(1, round(self.width * scale)), max(1, round(self.height * scale)))
-        self.overview = self.pixels if scale == 1 else cv2.resize(self.pixels, size, interpolation=cv2.INTER_AREA)
-
-    def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        return np.ascontiguousarray(self.pixels[top : top + height, left : left + width])
-
-    def valid(self, top: int, height: int) -> np.ndarray | None:
-        return None if self.mask is None else self.mask[top : top + height]
-
-    @contextlib.contextmanager
-    def mask_file(self, path: Path):
-        """Rows are gathered and written as a PNG at the end: the image itself took three times as much memory."""
-        rows = PlainMask(self.height, self.width)
-        yield rows
-        Image.fromarray(rows.pixels).save(path, "PNG")
-
-
-class PlainMask:
-    def __init__(self, height: int, width: int):
-        self.pixels = np.zeros((height, width), np.uint8)
-
-    def write(self, top: int, rows: np.ndarray) -> None:
-        self.pixels[top : top + len(rows)] = np.where(rows == NODATA, 0, rows)  # a PNG has no such value
-
-
-def pick_bands(bands: tuple[int, ...] | None, count: int, name: str) -> list[int]:
-    """0-based numbers of three bands for RGB: the first three of `count`, or the first one thrice (grey)."""
-    bands = bands or ((1, 2, 3) if count >= 3 else (1,))
-    if len(bands) not in (1, 3) or not all(1 <= band <= count for band in bands):
-        raise UserError(f"{name} has {count} bands: bands {','.join(map(str, bands))} are not one or three of them.")
-    return [band - 1 for band in (bands * 3)[:3]]
-
-
-def stretch_limits(pixels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
-    """float (2, C): the 2nd and 98th percentile of each band of (H, W, C), where `valid` (H, W)."""
-    seen = pixels.reshape(-1, pixels.shape[-1]) if valid is None else pixels[valid]
-    return np.percentile(seen, (2, 98), axis=0) if len(seen) else np.array([[0.0], [1.0]])
-
-
-def stretch(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """(H, W, C) of any depth -> uint8, the limits becoming 0 and 255."""
-    low, high = limits.astype(np.float32)
-    scaled = (pixels.astype(np.float32) - low) * (255 / np.maximum(high - low, 1e-9))
-    return np.clip(np.nan_to_num(scaled), 0, 255).round().astype(np.uint8)
-
-
-# Through rasterio ------------------------------------------------------------------------------------------------------
+def place_note(file) -> list[str]:
+    """A note where pixels can't be placed on the Earth."""
+    if file.crs and not file.transform.is_identity:
+        return []
+    if file.gcps[0]:
+        found = "is placed by ground control points alone"
+    elif file.rpcs:
+        found = "is placed by rational polynomials (RPCs) alone"
+    else:
+        found = "has a coordinate system but no geotransform" if file.crs else "has no coordinate system"
+    return [f"The image {found}, so no polygons on the Earth are written."]
 
 
 class RasterFile(Scene):
-    """A file that rasterio reads by windows; see the head of this file. `reason`: why it is not a plain image.
+    """A file that rasterio has opened.
 
-    crs and transform georeference it; crs is None where the file says nothing.
+    Pixels that are not of 8 bits are stretched from the 2nd to the 98th percentile of each band, taken from a reduced picture
+    of the scene. What is nodata, masked, NaN or infinite, or where an alpha is 0, has no data. The bands are `bands`, or
+    those that the file names red, green and blue, or its first three (its first, where it has fewer).
     """
 
     suffix = ".tif"  # of its mask
 
-    def __init__(self, path: Path, bands: tuple[int, ...] | None, reason: str):
-        try:
-            import rasterio
-        except ImportError:
-            raise UserError(f"{path} {reason}, which needs rasterio: pip install rasterio shapely pyproj.") from None
-        self.path, self.rasterio = path, rasterio
-        with self.errors_as_user_errors():
-            self.file = file = rasterio.open(path)
-        if file.count == 0:
-            raise UserError(f"{path} is a container of {len(file.subdatasets)} images: extract the one you mean.")
+    def __init__(self, file, path: Path, bands: tuple[int, ...] | None = None):
+        self.file, self.path, self.notes = file, path, [*pages_note(file), *place_note(file)]
         self.height, self.width, self.crs, self.transform = file.height, file.width, file.crs, file.transform
-        alpha = rasterio.enums.ColorInterp.alpha
-        colours = [i for i, kind in enumerate(file.colorinterp, start=1) if kind != alpha]
-        if not colours:
-            raise UserError(f"{path} has an alpha band alone: there is nothing to look at.")
-        # By their numbers any bands can be taken, an alpha too; by default the first that are none.
-        chosen = pick_bands(bands, file.count if bands else len(colours), str(path))
-        self.bands = [n + 1 for n in chosen] if bands else [colours[n] for n in chosen]
-        kinds = {file.dtypes[n - 1] for n in self.bands}
-        if any("complex" in kind for kind in kinds):
-            raise UserError(f"{path} has complex numbers for pixels: convert it to magnitudes first.")
-        self.palette = None
-        if len(set(self.bands)) == 1 and file.colorinterp[self.bands[0] - 1] == rasterio.enums.ColorInterp.palette:
-            colormap = file.colormap(self.bands[0])
-            # black where it names no colour, and so at its end, which stands for all beyond
-            self.palette = np.array([colormap.get(i, (0, 0, 0))[:3] for i in range(max(colormap) + 2)], np.uint8)
-        self.floats = any("float" in kind for kind in kinds)
-        whole = rasterio.enums.MaskFlags.all_valid
-        self.masked = self.floats or any(whole not in file.mask_flag_enums[n - 1] for n in self.bands)
-        self.limits = None
+        self.placed = not place_note(file)
+        if file.count == 0:
+            raise UserError(f"{path} is a {file.driver} container of {len(file.subdatasets)} images: extract the one you mean.")
         scale = min(1, OVERVIEW / max(self.height, self.width))
-        shape = (max(1, round(self.height * scale)), max(1, round(self.width * scale)))
-        pixels, valid = self.read_bands(None, shape)
-        if kinds != {"uint8"}:
-            self.limits = stretch_limits(pixels, valid)
-        self.overview = self.to_rgb(pixels, valid)
+        self.reduced = max(1, round(self.height * scale)), max(1, round(self.width * scale))
+        kinds = [kind.name for kind in file.colorinterp]
+        self.palette = self.inverted = self.highest = None
+        self.alpha = None if bands else self.find_alpha(kinds)
+        self.bands = self.choose_bands(bands, kinds)
+        self.interpret_values([kinds[n - 1] for n in self.bands])
+        flags, ours = file.mask_flag_enums, dict.fromkeys(self.bands)
+        self.masked = any({"all_valid", "alpha"}.isdisjoint(flag.name for flag in flags[n - 1]) for n in ours)
+        # GDAL leaves out what a band tagged as alpha masks where it averages, so it must not average by one that is none.
+        self.averages = self.palette is None and ("alpha" not in kinds or self.alpha is not None)
+        if any(file.dtypes[n - 1] != "uint8" for n in self.bands):
+            self.limits = stretch_limits(*self.read_bands(None, self.reduced))
+
+    def find_alpha(self, kinds: list[str]) -> int | None:
+        """The number of the band that says where there is data."""
+        alpha = kinds.index("alpha") + 1 if "alpha" in kinds else None
+        if kinds == ["alpha"]:
+            raise UserError(f"{self.path} has an alpha band alone: there is nothing to look at.")
+        if alpha == self.file.count == 4 and self.file.driver not in TRUE_ALPHA:
+            with self.errors_as_user_errors():
+                values = self.file.read(alpha, out_shape=self.reduced)
+            if not is_alpha(values, self.highest_of(alpha)):
+                self.notes.append(NO_ALPHA)
+                return None
+        return alpha
+
+    def highest_of(self, band: int) -> float:
+        """The highest value of a band's type; of floats the highest that is found, for a fully opaque alpha is 1 or 255."""
+        kind = np.dtype(self.file.dtypes[band - 1])
+        if kind.kind == "f":
+            return float(self.file.read(band, out_shape=self.reduced).max())
+        depth = self.file.tags(band, ns="IMAGE_STRUCTURE").get("NBITS")
+        return 2 ** int(depth) - 1 if depth else np.iinfo(kind).max
+
+    def choose_bands(self, bands: tuple[int, ...] | None, kinds: list[str]) -> list[int]:
+        """1-based numbers of the bands to take for red, green and blue."""
+        if bands:
+            return [n + 1 for n in pick_bands(bands, self.file.count, str(self.path))]
+        colours = [n for n, kind in enumerate(kinds, start=1) if kind != "alpha" or self.alpha is None]
+        named = named_bands(self.file)
+        chosen = named or [colours[n] for n in pick_bands(None, len(colours), str(self.path))]
+        if named and named != sorted(named):
+            self.notes.append(f"Bands {', '.join(map(str, named))} were taken for red, green and blue, by their names.")
+        elif not named and len(colours) not in (1, 3):
+            taken = f"Band 1 of {len(kinds)} was taken for grey" if len(colours) == 2 else (
+                f"Bands {', '.join(map(str, chosen))} of {len(kinds)} were taken for red, green and blue")  # fmt: skip
+            self.notes.append(f"{taken}: --bands takes others.")
+        return chosen
+
+    def interpret_values(self, kinds: list[str]) -> None:
+        """What the chosen bands' numbers mean: a palette, white at 0, fewer than 8 bits. Other colours are a UserError."""
+        if other := [kind for kind in kinds if kind in OTHER_COLOURS]:
+            raise UserError(f"{self.path} has {', '.join(dict.fromkeys(other))} bands: convert it to red, green and blue.")
+        types = {self.file.dtypes[n - 1] for n in self.bands}
+        if any("complex" in kind for kind in types):
+            raise UserError(f"{self.path} has complex numbers for pixels: convert it to magnitudes first.")
+        self.floats = any("float" in kind for kind in types)
+        if set(kinds) == {"palette"} and len(set(self.bands)) == 1:
+            colours = self.file.colormap(self.bands[0])
+            # black where it names no colour, and so at its end, which stands for all beyond
+            self.palette = np.array([colours.get(i, (0, 0, 0))[:3] for i in range(max(colours) + 2)], np.uint8)
+        else:
+            self.inverted = self.file.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+            self.highest = max(map(self.highest_of, self.bands)) if types == {"uint8"} else None
 
     @contextlib.contextmanager
-    def errors_as_user_errors(self):
-        """Errors of rasterio in one sentence."""
+    def errors_as_user_errors(self, what: str = "is damaged or cut off"):
+        """What rasterio and GDAL raise and print, in one sentence."""
+        import rasterio
+
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", self.rasterio.errors.NotGeoreferencedWarning)
+            with quiet(), rasterio.Env():
                 yield
-        except self.rasterio.errors.RasterioError as error:
-            reason = str(error.__cause__ or error).splitlines()[0][:150]
-            raise UserError(f"{self.path} can't be read: {reason}.") from None
+        except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError) as error:
+            if "emory" in f"{error} {error.__cause__}":
+                what = "needs more memory than there is"
+            raise UserError(f"{self.path} {what}.") from None
+
+    @functools.cached_property
+    def overview(self) -> np.ndarray:
+        return self.to_rgb(*self.read_bands(None, self.reduced))
 
     def read_bands(self, window, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         """The chosen bands (h, w, 3) at their own depth, and where they are valid (h, w) or None; reduced to `shape`."""
-        kinds = self.rasterio.enums.Resampling
-        options = {"window": window, "out_shape": (len(self.bands), *shape)}
+        from rasterio.enums import Resampling
+
+        resampling = Resampling.average if self.averages else Resampling.nearest
         with self.errors_as_user_errors():
-            resampling = kinds.nearest if self.palette is not None else kinds.average
-            pixels = self.file.read(self.bands, resampling=resampling, **options).transpose(1, 2, 0)
-            valid = self.file.read_masks(self.bands, **options).any(axis=0) if self.masked else None
-        if self.floats:
-            valid &= np.isfinite(pixels).all(axis=2)
-        return pixels, valid
+            pixels = self.file.read(self.bands, window=window, out_shape=(3, *shape), resampling=resampling)
+        return (pixels := pixels.transpose(1, 2, 0)), self.read_valid(window, shape, pixels)
+
+    def read_valid(self, window, shape: tuple[int, int], pixels: np.ndarray | None = None) -> np.ndarray | None:
+        """bool (h, w): where there is data; None: everywhere. pixels: the bands there, which matter where they are floats."""
+        parts = []
+        with self.errors_as_user_errors():
+            if self.masked:
+                parts.append(self.file.read_masks(self.bands, window=window, out_shape=(3, *shape)).any(axis=0))
+            if self.alpha:
+                parts.append(self.file.read(self.alpha, window=window, out_shape=shape) > 0)
+            if self.floats:
+                parts.append(finite(self.read_bands(window, shape)[0] if pixels is None else pixels))
+        return np.logical_and.reduce(parts) if parts else None
 
     def to_rgb(self, pixels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
         """What `read_bands` gives -> uint8 RGB, black where it is not valid."""
@@ -280,30 +174,34 @@ class RasterFile(Scene):
             pixels = self.palette.take(pixels[..., 0], axis=0, mode="clip")
         elif self.limits is not None:
             pixels = stretch(pixels, self.limits)
+        elif self.highest < 255:
+            pixels = (pixels * (255 / self.highest)).round().clip(0, 255).astype(np.uint8)
+        pixels = 255 - pixels if self.inverted else pixels
         return np.ascontiguousarray(pixels if valid is None else pixels * valid[..., None])
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         return self.to_rgb(*self.read_bands(((top, top + height), (left, left + width)), (height, width)))
 
     def valid(self, top: int, height: int) -> np.ndarray | None:
-        window = (top, top + height), (0, self.width)
-        if self.floats:  # which may hold NaN
-            return self.read_bands(window, (height, self.width))[1]
-        with self.errors_as_user_errors():
-            return self.file.read_masks(self.bands, window=window).any(axis=0) if self.masked else None
+        return self.read_valid(((top, top + height), (0, self.width)), (height, self.width))
 
     @contextlib.contextmanager
     def mask_file(self, path: Path):
         """A GeoTIFF with the scene's georeferencing, tiled and compressed; NODATA where the scene has no data."""
+        import rasterio
+
+        partial = self.masked or self.floats or self.alpha
         options = {
             "driver": "GTiff", "height": self.height, "width": self.width, "count": 1, "dtype": "uint8",
             "tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "BIGTIFF": "IF_SAFER",
-            "crs": self.crs, "transform": self.transform, "nodata": NODATA if self.masked else None,
+            "crs": self.crs, "transform": self.transform, "nodata": NODATA if partial else None,
         }  # fmt: skip
-        with self.errors_as_user_errors(), self.rasterio.open(path, "w", **options) as file:
-            gcps, crs = self.file.gcps
-            if gcps:
-                file.gcps = gcps, crs
+        with self.errors_as_user_errors("has a mask that can't be written"), rasterio.open(path, "w", **options) as file:
+            points, crs = self.file.gcps
+            if points:
+                file.gcps = points, crs or rasterio.crs.CRS()
+            if self.file.rpcs:
+                file.rpcs = self.file.rpcs
             yield RasterMask(file)
 
 

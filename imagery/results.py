@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from imagery.pictures import captioned, fitted, lit, outlined
-from imagery.raster import NODATA, Scene
+from imagery.plain import NODATA, Scene
 from imagery.tiles import Rows
 from runtime.errors import UserError
 
@@ -132,7 +132,7 @@ class ResultFolder:
         """{"mask", "overlay" and, where the scene is georeferenced, "polygons": path}."""
         name = f"{self.stems[job.image]}-{job.n}-{slug(job.phrase)}"
         names = {"mask": f"{name}{scene.suffix}", "overlay": f"{name}-overlay.png"}
-        names |= {"polygons": f"{name}.geojson"} if scene.crs else {}
+        names |= {"polygons": f"{name}.geojson"} if scene.placed else {}
         return {kind: self.path / name for kind, name in names.items()}
 
     def refuse_existing(self, job: Job, scene: Scene) -> None:
@@ -145,8 +145,6 @@ class ResultFolder:
 
         UserError or OSError where the rows can't be computed or written; then there are no files of it."""
         paths = self.files(job, scene)
-        if scene.suffix == ".tif" and not scene.crs:
-            notes = [*notes, "The image has no coordinate system, so no polygons on the Earth are written."]
         with tempfile.TemporaryDirectory(prefix=".part-", dir=self.path) as scratch:
             parts = {kind: Path(scratch, path.name) for kind, path in paths.items()}
             facts, more = write_files(parts, job, scene, rows)
@@ -158,19 +156,22 @@ class ResultFolder:
                     del paths[kind]
         line = {"image": str(job.image), "phrase": job.phrase, "width": scene.width, "height": scene.height} | facts
         line |= {kind: path.name for kind, path in paths.items()} | settings
-        line |= {"notes": notes} if (notes := [*notes, *more]) else {}
+        line |= {"notes": notes} if (notes := [*notes, *scene.notes, *more]) else {}
         with open(self.path / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return line
 
 
 def write_files(paths: dict[str, Path], job: Job, scene: Scene, rows: Rows) -> tuple[dict, list[str]]:
-    """Write the files of a result -> its facts, and notes on what could not be written."""
+    """Write the files of a result -> its facts, and notes on what it lacks."""
     result, notes = MaskResult(scene), []
     with scene.mask_file(paths["mask"]) as file:
         for top, logits in rows:
             file.write(top, result.add(top, logits))
     facts = result.facts()
+    empty = 1 - result.valid / (scene.height * scene.width)
+    if empty >= 0.5:
+        notes.append(f"{100 * empty:.0f} % of the image has no data.")
     if "polygons" in paths:
         try:
             from imagery.polygons import write_polygons

@@ -6,7 +6,7 @@
 `look(images, phrases)` is the model: uint8 RGB images (H, W, 3) of any sizes and a phrase for each -> mask logits
 (B, 1, h, w), float32 on the CPU.
 
-A scene (see raster.py) larger than a tile is covered by tiles of tile x tile pixels, each resized to the model's size.
+A scene (see scenes.py) larger than a tile is covered by tiles of tile x tile pixels, each resized to the model's size.
 Neighbours overlap by a quarter; their logits are averaged with a raised-cosine window, so that logits near a tile's own
 border, where objects are cut off, count little. Only the rows of one band of tiles are in memory. Two ways (TILINGS):
 
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from imagery.raster import Scene
+from imagery.plain import Scene
 
 LARGE = 2048  # pixels a side: larger scenes are tiled even where no tile is given
 TILE = 1024  # pixels a side of a tile, where none is given

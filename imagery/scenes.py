@@ -1,0 +1,163 @@
+"""Images of any kind behind one interface, read by windows; masks written by rows.
+
+    scene = open_scene(path)                a plain picture (PNG, JPEG ...) or, by rasterio, a raster of any size
+    scene.read(top, left, height, width)    uint8 RGB (height, width, 3), black where there is no data
+    scene.read_all()                        the same of the whole scene
+    scene.valid(top, height)                bool (height, W), False where there is no data, or None: data everywhere
+    scene.overview                          uint8 RGB, the whole scene, its longest side at most 2,048
+    scene.mask_file(path)                   a context whose write(top, uint8 rows (h, W)) makes the mask's file
+
+rasterio, where it is installed, is asked first. Where Pillow's picture says all that rasterio knows of the file (8 bits, no
+place, no mask, bands in order), Pillow decodes it whole (plain.py), and so it does what rasterio doesn't know; all else is
+a RasterFile (raster.py). Without rasterio a file gives the same pixels or is refused. What can't be read is a UserError
+of one sentence.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from imagery.bands import NO_ALPHA, is_alpha
+from imagery.plain import PlainImage, Scene, bits, frames, loaded, opened, pixels_of, quiet
+from imagery.raster import RasterFile, is_placed, named_bands, pages_note
+from runtime.errors import UserError
+
+MAX_PLAIN = 2**27  # pixels of an image that is decoded whole: 400 MB of RGB
+MAX_PIXELS = 2**26  # of an image to train on, 8192 x 8192: one that claims more is taken for a decompression bomb
+MAX_SIDE = 65_535  # pixels: rows of the whole width are in memory
+MASK_FILES = (".aux.xml", ".msk")  # after the image's name: nodata, a mask and more
+GEO_TAGS = (33550, 33922, 34264, 34735, 50844)  # of TIFF: scale, tie points, matrix, coordinate system, RPCs
+NODATA_TAG = 42113  # of TIFF
+
+
+def open_scene(path: str | Path, bands: tuple[int, ...] | None = None, as_stored: bool = False) -> Scene:
+    """The image at `path`.
+
+    bands: 1-based numbers of one (grey) or three bands to take for RGB, whatever an alpha among the others says.
+    as_stored: for training, whose masks are not turned: the EXIF orientation is ignored, and rasterio is asked only where
+        pixels can depend on it, since its answer would cost a tenth of a JPEG's decoding. Otherwise the orientation is
+        obeyed where the image is decoded whole; rasterio gives pixels as they are stored.
+    """
+    path = Path(path)
+    with quiet(), opened(path) or contextlib.nullcontext() as picture:
+        if as_stored and picture and picture.format not in ("TIFF", "JPEG2000") and not side_files(path, MASK_FILES):
+            refuse_for_training(path, picture)
+            return plain_image(loaded(picture, path), path, bands, as_stored)
+        file, installed = open_raster(path)
+        if not file and not picture:
+            hint = "" if installed or path.suffix in (".jpg", ".png") else ", or one that needs rasterio (pip install rasterio)"
+            raise UserError(f"{path} can't be read: not a sound image{hint}.")
+        (refuse_for_training if as_stored else refuse_by_header)(path, picture, file)
+        if picture and (not file or says_all(picture, file)):
+            if not installed and (reason := beyond_pillow(picture, path, as_stored)):
+                raise UserError(f"{path} {reason}, which needs rasterio: pip install rasterio shapely pyproj.")
+            try:
+                loaded(picture, path)
+            except UserError:
+                if not file or picture.format != "TIFF":  # of which Pillow lacks some compressions
+                    raise
+            else:
+                return plain_image(picture, path, bands, as_stored, file)
+        return RasterFile(file, path, bands)
+
+
+def plain_image(picture: Image.Image, path: Path, bands: tuple[int, ...] | None, as_stored: bool, file=None) -> PlainImage:
+    """The scene of a decoded picture. file: the same through rasterio, where it was asked."""
+    pixels, notes = pixels_of(picture, turn=not as_stored), pages_note(file)
+    if picture.format == "TIFF" and pixels.ndim == 3 and not is_alpha(pixels[..., 3:], 255):
+        pixels, notes = pixels[..., :3], [*notes, NO_ALPHA]
+    return PlainImage(pixels, bands, str(path), notes)
+
+
+def refuse_by_header(path: Path, picture: Image.Image | None, file=None) -> None:
+    """UserError for an animation and for what is larger than can be looked at."""
+    if picture and (count := frames(picture)) > 1:
+        raise UserError(f"{path} is an animation of {count} frames: save the one you mean as a PNG.")
+    height, width = (file or picture).height, (file or picture).width
+    if max(height, width) > MAX_SIDE:
+        raise UserError(f"{path} has {width:,} x {height:,} pixels: cut it into parts of at most {MAX_SIDE:,} a side.")
+
+
+def refuse_for_training(path: Path, picture: Image.Image | None, file=None, any_depth: bool = False) -> None:
+    """UserError for what predict.py takes and a data set may not hold, by the header. any_depth: of grey, as of masks."""
+    refuse_by_header(path, picture, file)
+    if (file or picture).height * (file or picture).width > MAX_PIXELS:
+        raise UserError(f"{path} claims more than {MAX_PIXELS:,} pixels.")
+    depth = max(np.dtype(kind).itemsize * 8 for kind in file.dtypes) if file else bits(picture)
+    if depth > 8 and not (any_depth and picture.mode[0] in "IF"):
+        raise UserError(f"{path} has {depth} bits a channel: stretch it to 8-bit RGB, all of a set alike.")
+    if file and len(file.subdatasets) > 1:
+        raise UserError(f"{path} has {len(file.subdatasets)} pages: save the one you mean.")
+
+
+def as_scene(image: str | Path | Image.Image | np.ndarray) -> Scene:
+    """A scene of a path, a PIL image or a uint8 array (H, W, 3)."""
+    if isinstance(image, (str, Path)):
+        return open_scene(image)
+    if isinstance(image, Image.Image):
+        try:
+            with quiet():
+                return PlainImage(pixels_of(image))
+        except Exception:  # nearly anything
+            raise UserError("The PIL image can't be read: its file is damaged or cut off, get it again.") from None
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"An image is a path, a PIL image or a uint8 array (H, W, 3), not {found}.")
+    if 0 in image.shape:
+        raise UserError(f"The image is empty: its shape is {image.shape}.")
+    return PlainImage(np.array(image))
+
+
+def open_raster(path: Path):
+    """(what rasterio opens, or None; whether rasterio is installed)."""
+    try:
+        import rasterio
+    except ImportError:
+        return None, False
+    try:
+        return rasterio.open(path), True
+    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError):
+        return None, True
+
+
+def says_all(picture: Image.Image, file) -> bool:
+    """Whether Pillow's picture holds all that rasterio knows of the file."""
+    flags = [{flag.name for flag in flags} for flags in file.mask_flag_enums]
+    masked = any({"all_valid", "alpha"}.isdisjoint(names) for names in flags) and "transparency" not in picture.info
+    return (
+        set(file.dtypes) == {"uint8"} and not is_placed(file) and not masked and file.height * file.width <= MAX_PLAIN
+        and named_bands(file) in (None, [1, 2, 3]) and not (picture.mode == "RGBA" and file.colorinterp[-1].name != "alpha")
+        and "alpha" not in [kind.name for kind in file.colorinterp[4:]]
+    )  # fmt: skip
+
+
+def beyond_pillow(picture: Image.Image, path: Path, as_stored: bool) -> str:
+    """What a file has that Pillow would not read or lose, where rasterio is not there to be asked; '' if nothing."""
+    if picture.width * picture.height > MAX_PLAIN:
+        return f"has {picture.width:,} x {picture.height:,} pixels"
+    if bits(picture) > 8:
+        return f"has {bits(picture)} bits a channel"
+    if picture.format == "JPEG2000":
+        return "is a JPEG 2000 file"
+    letters = path.suffix[1:].lower() or "-"
+    world_files = [f".{ending}" for ending in (f"{letters[0]}{letters[-1]}w", f"{letters}w", "wld", "tab")]
+    beside = side_files(path, MASK_FILES) or (not as_stored and side_files(path.with_suffix(""), world_files))
+    if beside:
+        return f"has {beside[0]} beside it"
+    if picture.format == "TIFF":
+        samples, tags = picture.tag_v2.get(277, 1), picture.tag_v2
+        if NODATA_TAG in tags or not as_stored and any(tag in tags for tag in GEO_TAGS):
+            return "is a GeoTIFF"
+        if samples != len(picture.getbands()) or picture.n_frames > 1:
+            return f"is a TIFF of {samples} bands and {picture.n_frames} pages or masks"
+    return ""
+
+
+def side_files(path: Path, endings: tuple[str, ...] | list[str]) -> list[str]:
+    """The names of the files beside the image that are named like it, with these endings in lower or upper case."""
+    name = os.fspath(path)
+    names = [f"{name}{spelled}" for ending in endings for spelled in (ending, ending.upper())]
+    return [os.path.basename(name) for name in names if os.path.exists(name)]
