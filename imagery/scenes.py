@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from imagery.bands import NO_ALPHA, is_alpha
+from imagery.description import is_placed, named_bands, pages_note
 from imagery.plain import PlainImage, Scene, bits, frames, loaded, opened, pixels_of, quiet
-from imagery.raster import RasterFile, is_placed, named_bands, pages_note
+from imagery.raster import RasterFile
 from runtime.errors import UserError
 
 MAX_PLAIN = 2**27  # pixels of an image that is decoded whole: 400 MB of RGB
@@ -66,7 +67,7 @@ def open_scene(path: str | Path, bands: tuple[int, ...] | None = None, as_stored
 
 def plain_image(picture: Image.Image, path: Path, bands: tuple[int, ...] | None, as_stored: bool, file=None) -> PlainImage:
     """The scene of a decoded picture. file: the same through rasterio, where it was asked."""
-    pixels, notes = pixels_of(picture, turn=not as_stored), pages_note(file)
+    pixels, notes = pixels_of(picture, turn=not as_stored), pages_note(file) if file else []
     if picture.format == "TIFF" and pixels.ndim == 3 and not is_alpha(pixels[..., 3:], 255):
         pixels, notes = pixels[..., :3], [*notes, NO_ALPHA]
     return PlainImage(pixels, bands, str(path), notes)
