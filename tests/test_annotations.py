@@ -1,11 +1,14 @@
 """What is on disk: masks, `--check`, and what is said of broken and hostile data sets."""
 
+import io
 import json
 import os
 import pickle
 import shutil
+import struct
 import sys
 import tempfile
+import zlib
 from functools import partial
 from pathlib import Path
 from string import Template
@@ -218,6 +221,25 @@ SHORT = {
     "NEAR": "that is not a list of 3 or more points near the image.", "AGAIN": "get it again from its source.",
     "GO": "fetch them, or leave out their 1 of 1 samples with --skip-missing.", "EMPTY": "write one, or take the sample out.",
 }  # fmt: skip
+
+
+def film(kind, **options):
+    file, frames = io.BytesIO(), [Image.new("RGB", (64, 64), colour) for colour in ("blue", "red", "green")]
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], **options)
+    return file.getvalue()
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+# 8 x 8 pixels, in two frames of which the second is empty, or of 2 GB; the like have crashed decoders.
+HEAD = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+EMPTY_FRAME = HEAD + b"".join(chunk(*part) for part in (
+    (b"acTL", struct.pack(">II", 2, 0)), (b"IDAT", zlib.compress(bytes(200))), (b"fcTL", struct.pack(">5I", 0, 8, 8, 0, 0)),
+    (b"fdAT", b""), (b"IEND", b"")))  # fmt: skip
+HUGE_CHUNK = HEAD + struct.pack(">I", 2**31 + 16) + b"IDAT" + bytes(24)
+ANIMATIONS = [film("GIF"), film("PNG"), film("PNG", default_image=True), film("WEBP"), EMPTY_FRAME]
 # The sentence -> what makes it. … stands for what other versions of Python and of libraries say otherwise.
 CASES = {
     "loads": [image(encoded(".png", LARGE[:160])), refer([ref(3, ann_id=-1)], []), mask(box(80, 100)), mask(box(value=0)),
@@ -227,7 +249,10 @@ CASES = {
     "$BAD can't be read: not a sound image.": [image(b"hello " * 100), image(encoded(".tif", LARGE, 0.6))],
     "$BAD claims more than 67,108,864 pixels.": [image(b"P5 60000 60000 255\n"), image(b"P5 9000 9000 255\n")],
     "$BAD has 16 bits a channel: stretch it to 8-bit RGB, all of a set alike.": [*map(image, DEEP)],
-    "$BAD is damaged or cut off.": [*map(image, (b"P5 50 40 255\n", *CUT))],
+    "$BAD is an animation of … frames: save the one you mean as a PNG.": [*map(image, ANIMATIONS)],
+    "$MASK is an animation of … frames: save the one you mean as a PNG.": [
+        content("masks/a.png", film, TABLE) for film in ANIMATIONS],
+    "$BAD is damaged or cut off.": [*map(image, (HUGE_CHUNK, b"P5 50 40 255\n", *CUT))],
     "$BAD can't be read: it is no regular file.": [instead(IMAGE, kind) for kind in (Path.mkdir, os.mkfifo, "/dev/zero")],
     "$BAD can't be read: Too many levels of symbolic links.": [instead(IMAGE, "00003.jpg")],
     "1 $MISSING (ROOT/images/a.png): $GO": [

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 from collections import Counter
 
 import cv2
@@ -151,6 +152,28 @@ def test_no_target_several_targets_and_relatives_of_rrsisd(tmp_path):
     assert none["mask"].shape == (40, 50) and not none["mask"].any() and np.array_equal(two["mask"], box())
     assert dataset.name == root.name and opened(one_ref(tmp_path / "RRSIS-HR")).name == "RRSIS-HR"
     assert opened(one_ref(tmp_path / "elsewhere")).name == "RRSIS-D"
+
+
+@pytest.mark.parametrize("index, pictures", [
+    ("refs(unc).p", "JPEGImages"), ("rrsisd/refs(unc).p", "JPEGImages"), ("rrsisd/refs(unc).p", "rrsisd/JPEGImages"),
+    ("refs(umd).p", "images"), ("new_refs(google).p", "images/JPEGImages"), ("any/refs(unc).p", "images/any/JPEGImages"),
+])  # fmt: skip
+def test_where_refer_sets_have_their_files(tmp_path, index, pictures):
+    write_refer(tmp_path / "old", [ref(3, file_name="a/3.jpg")], [note(3, SOUND)], pictures=False)
+    save(tmp_path / "set" / pictures / "a/3.jpg", picture(3))
+    for old, new in (("refs(unc).p", index), ("instances.json", re.sub(r"refs.*", "instances.json", index))):
+        (tmp_path / "set" / new).parent.mkdir(exist_ok=True)
+        (tmp_path / "old/rrsisd" / old).rename(tmp_path / "set" / new)
+    item, = opened(tmp_path / "set")
+    assert item["file"] == str(tmp_path / "set" / pictures / "a/3.jpg") and np.array_equal(item["mask"], box())
+
+
+def test_which_splits_are_test(tmp_path):
+    names = ["test", "testA", "test-2", "test_x", "test1", "latest", "contest", "tester", "train"]
+    write_refer(tmp_path, [ref(n, name) for n, name in enumerate(names)], [note(n, SOUND) for n in range(9)])
+    assert [sample.split for sample in opened(tmp_path, None).samples] == names[:5] and len(opened(tmp_path, "latest")) == 1
+    write_refer(tmp_path, [ref(3, "latest"), ref(4, "val")], [note(n, SOUND) for n in (3, 4)])
+    assert opened(tmp_path, None).split == "val"
 
 
 def test_missing_images(tmp_path, capsys):
