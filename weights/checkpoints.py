@@ -30,7 +30,7 @@ from weights.foundation import (
     published_tokenizer,
     tag_and_file,
 )
-from weights.hub import resolve
+from weights.hub import commit_of, resolve
 from weights.names import is_published
 from weights.saved import is_saved, read_saved
 
@@ -94,9 +94,14 @@ def read_checkpoint(path: str | Path) -> dict:
 
     path: a file, the folder of a run (its best.pt is taken), a folder as the predictor's or the published model's
     `save_pretrained` left it, or any of these on the hub: OWNER/NAME[@REVISION][:FILE or FOLDER]. Which kind it is shows in
-    the names it holds. Tensors are on the CPU and stay in the file until they are copied.
+    the names it holds; one from the hub says its commit under "hub". Tensors are on the CPU and stay in the file until they
+    are copied.
     """
-    path = resolve(path)
+    found = resolve(path)
+    return _read(found) | ({"hub": commit_of(found)} if found != Path(path) else {})
+
+
+def _read(path: Path) -> dict:
     if path.name == "model.safetensors" and is_saved(path.parent):
         path = path.parent
     if path.is_dir() and (path / "best.pt").is_file():

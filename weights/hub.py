@@ -119,6 +119,12 @@ def _in_cache(repository: str, revision: str, inside: str, name: str | Path, err
     return folder / checkpoint_files(names, inside, name)[1]
 
 
+def commit_of(path: Path) -> str:
+    """OWNER/NAME@COMMIT of a path in the cache, <models--OWNER--NAME>/snapshots/<commit>/..."""
+    number = path.parts.index("snapshots")
+    return f"{path.parts[number - 1].removeprefix('models--').replace('--', '/', 1)}@{path.parts[number + 1]}"
+
+
 def checkpoint_files(names: list[str], inside: str, name: str | Path) -> tuple[list[str], str]:
     """(the files that a checkpoint needs, which of them or which folder to read) of the names in a repository; UserError.
 

@@ -9,7 +9,8 @@ def provenance(checkpoint: dict) -> dict:
     """{"model", "run", "data", "epoch", "score", "revision", "init"} of a checkpoint's dict, in plain values.
 
     run: the folder it was trained in. score: {"mIoU", "oIoU"} on the validation set, in per cent. init: the same of what it was
-    fine-tuned from, and so on down the chain. None where that is unknown, as it is of published weights.
+    fine-tuned from, and so on down the chain. None where that is unknown, as it is of published weights. hub, where it came
+    from one: OWNER/NAME@COMMIT.
     """
     metrics, args = checkpoint.get("metrics") or {}, checkpoint.get("args") or {}
     init = checkpoint.get("init") or ({"file": args["init"]} if args.get("init") else None)
@@ -17,6 +18,7 @@ def provenance(checkpoint: dict) -> dict:
     run = checkpoint.get("run") or args.get("out")  # the second in older ones
     facts = {"model": checkpoint.get("model_name"), "run": run, "data": checkpoint.get("data")}
     facts |= {"epoch": checkpoint.get("epoch"), "score": score or None}
+    facts |= {"hub": checkpoint["hub"]} if "hub" in checkpoint else {}
     return facts | {"revision": checkpoint.get("revision") or None, "init": init}
 
 
@@ -24,7 +26,8 @@ def in_words(origin: dict) -> str:
     """What `provenance` found, in a line."""
     score = ", ".join(f"{name} {value:.2f}" for name, value in (origin.get("score") or {}).items())
     parts = [
-        origin.get("model"), (run := origin.get("run")) and f"run {run}", (data := origin.get("data")) and f"trained on {data}",
+        origin.get("model"), (hub := origin.get("hub")) and f"from {hub}",
+        (run := origin.get("run")) and f"run {run}", (data := origin.get("data")) and f"trained on {data}",
         (epoch := origin.get("epoch")) is not None and f"epoch {epoch}", score and f"validation {score}",
         (init := origin.get("init")) and f"fine-tuned from {init.get('file', '')} ({in_words(init)})".replace(" ()", ""),
     ]  # fmt: skip
