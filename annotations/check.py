@@ -17,6 +17,7 @@ from annotations.layouts import Sample, is_test, missing_files, read_samples
 from annotations.masks import ShapeError, holds_zeros_and_ones, load_mask, survives_encoding
 from imagery.pictures import captioned, fitted, grid, outlined
 from imagery.pixels import read_image
+from imagery.plain import quiet
 from runtime.errors import UserError
 from runtime.run_folder import free_path, write_whole
 
@@ -103,7 +104,8 @@ def look_at_all(samples: list[Sample]) -> list[Look]:
     groups = defaultdict(list)
     for sample in samples:
         groups[sample.image].append(sample)
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+    # `quiet` around them all: what it sets belongs to the process, and one thread's end must not undo it for the others.
+    with quiet(), ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         return list(tqdm(pool.imap(look_at, groups.values()), "images", len(groups), disable=None))
 
 
