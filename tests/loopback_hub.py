@@ -14,7 +14,8 @@ class Hub(ThreadingHTTPServer):
     """repositories: {"OWNER/NAME" or "datasets/OWNER/NAME": {file name: bytes}}, all of revision main, commit COMMIT.
 
     cuts: {file name: [bytes after which a connection breaks, one for each request; below zero: after which it falls silent]};
-    asked: (method, path, Range) of all requests; silent: seconds before any answer.
+    asked: (method, path, Range) of all requests; silent: seconds before any answer; redirects: whether files lie on another
+    host, as large ones do.
     """
 
     daemon_threads = True
@@ -22,7 +23,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.cuts, self.asked, self.silent = {}, {}, [], 0
+        self.repositories, self.cuts, self.asked, self.silent, self.redirects = {}, {}, [], 0, False
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -53,13 +54,17 @@ class Handler(BaseHTTPRequestHandler):
             files = [{"rfilename": file, "size": len(content)} for file, content in hub.repositories.get(name, {}).items()]
             facts = {"id": name.removeprefix("datasets/"), "sha": Hub.COMMIT, "siblings": files, "tags": [], "private": False}
             return self.there(name, revision) and self.answer(200, json.dumps(facts).encode())
-        name, revision, file = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path).groups()
+        elsewhere, name, revision, file = re.fullmatch(r"(/cdn)?/(.+?)/resolve/([^/]+)/(.+)", path).groups()
         if not self.there(name, revision):
             return
         content = hub.repositories[name].get(file)
         if content is None:
             return self.answer(404, X_Error_Code="EntryNotFound")
-        self.send_file(content, hub.cuts.get(file), hashlib.sha256(content).hexdigest())
+        digest = hashlib.sha256(content).hexdigest()
+        if hub.redirects and not elsewhere:
+            linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": len(content)}
+            return self.answer(302, Location=f"http://localhost:{hub.server_port}/cdn{self.path}", **linked)
+        self.send_file(content, hub.cuts.get(file), "of the other host" if elsewhere else digest)
 
     do_HEAD = do_GET
 
