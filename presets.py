@@ -66,6 +66,13 @@ class Recipe:
     )
 
 
+def learning_rate(recipe: Recipe, progress: float, epoch: int) -> float:
+    """The learning rate as a share of its peak, after a share `progress` of all samples and so many whole epochs."""
+    if recipe.schedule == "constant":
+        return 1.0 if epoch < 50 else 0.1
+    return max(1e-3, min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95))))
+
+
 TINY_CLIP = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 128, "patch_size": 8, "width": 96, "head_width": 32, "layers": 2},

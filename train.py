@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from data import Collate, TrainingOrder, open_dataset
 from evaluate import best_median_worst, print_results, results_by_group, score, write_panels
 from losses import total_loss
 from model import RS2SAM2, compiled, count_parameters
-from presets import PRESETS, RECIPES, Preset, Recipe, with_settings
+from presets import PRESETS, Preset, Recipe, learning_rate
 from runtime.arguments import at_least
 from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, card_failures, compute_dtype, default_workers, pick_device, to_device
@@ -41,6 +41,8 @@ from runtime.run_folder import RunFolder, free_run, revision
 from runtime.signals import StopSignal, ignore_signals
 from synthetic_scenes.scenes import ensure_scenes
 from weights import checkpoints
+from weights.provenance import started_from, taught
+from weights.recipes import first_line, opening, resolve
 
 SAVE_EVERY = 600  # seconds between two last.pt within an epoch
 
@@ -49,8 +51,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # fmt: off
-    add("--data", default="scenes",
-        help="data set: scenes (generated, the default), RRSIS-D, RefSegRS, RISBench, or a path")
+    add("--data", default="scenes", help="data set: scenes (generated, the default), RRSIS-D, RefSegRS, RISBench, or a path")
     add("--model", choices=PRESETS, help="preset (default: tiny on generated scenes, large on real data)")
     add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE",
         help="change fields of the preset or its recipe (presets.py), as lr=1e-4, image_size=512 or losses.dice=0.5")
@@ -81,7 +82,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
-    """-> (the command line, on --resume with the run's own flags; the checkpoint that --resume or --init names, or None)"""
+    """-> (the command line, on --resume with the run's own flags; the checkpoint). `set` holds all that changes the recipe."""
     parser, checkpoint = command_line(), None
     args = parser.parse_args(arguments)
     if args.resume:
@@ -98,23 +99,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]
             raise UserError(f"--{given[0].replace('_', '-')} and --init exclude each other: the checkpoint fixes the network")
         checkpoint = checkpoints.read_checkpoint(args.init)
         args.model = checkpoint["model_name"]
+    args.set = [*args.set, *(f"{k}={v}" for k in ("epochs", "batch_size") if (v := getattr(args, k)))]
     args.model = args.model or ("tiny" if Path(args.data).name == "scenes" else "large")
     return args, checkpoint
-
-
-def resolve(args: argparse.Namespace, checkpoint: dict | None) -> tuple[Preset, Recipe]:
-    """The run's preset and recipe, complete: those of --model or of the checkpoint, changed by the flags."""
-    preset = checkpoints.stored_preset(checkpoint) if checkpoint else PRESETS[args.model]
-    recipe = checkpoints.stored_recipe(checkpoint) if args.resume else RECIPES[args.model]
-    new_preset, new_recipe = with_settings(preset, recipe, args.set)
-    changes = f"--set {' '.join(args.set)}"
-    if args.resume and (new_preset != preset or replace(new_recipe, lr=recipe.lr) != recipe):
-        raise UserError(f"{changes}: --resume can change lr alone; start a new run, or go on from its weights by --init")
-    if args.init and replace(new_preset, image_size=preset.image_size) != preset:
-        raise UserError(f"{changes}: the checkpoint of --init fixes the network; image_size alone can be changed")
-    if args.epochs:
-        new_recipe = replace(new_recipe, epochs=args.epochs, samples=0)
-    return new_preset, replace(new_recipe, batch_size=args.batch_size or new_recipe.batch_size)
 
 
 def parameter_groups(model: RS2SAM2, recipe: Recipe) -> list[dict]:
@@ -142,13 +129,6 @@ def optimizers_for(model: RS2SAM2, recipe: Recipe) -> list[torch.optim.Optimizer
     return [adamw, Muon(groups[2:], weight_decay=recipe.weight_decay, nesterov=True)] if recipe.muon else [adamw]
 
 
-def learning_rate(recipe: Recipe, progress: float, epoch: int) -> float:
-    """The learning rate as a share of its peak, after a share `progress` of all samples and so many whole epochs."""
-    if recipe.schedule == "constant":
-        return 1.0 if epoch < 50 else 0.1
-    return max(1e-3, min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95))))
-
-
 def callable_form(model: RS2SAM2, device: torch.device) -> nn.Module:
     """What is called in the model's place: itself, or on a card its compiled form."""
     return compiled(model) if device.type == "cuda" else model
@@ -158,7 +138,7 @@ class Run:
     """The state of a run: model, optimiser, averaged weights, and how far it has come in the stream of samples."""
 
     def __init__(self, args, recipe: Recipe, model: RS2SAM2, device, train_set, val_set, left_out=()):
-        self.args, self.recipe, self.device, self.left_out = args, recipe, device, list(left_out)
+        self.args, self.recipe, self.device, self.left_out, self.init = args, recipe, device, list(left_out), None
         self.train_set, self.val_set, self.folder = train_set, val_set, RunFolder(args.out)
         for dataset in (train_set, val_set):
             dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
@@ -175,8 +155,9 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = AveragedWeights(model, recipe.ema)
         self.samples, self.epoch, self.best, self.log = 0, 0, -1.0, []  # epoch: how many are complete
-        self.running, self.saved_at, self.revision = {}, time.time(), revision()  # running: sums over the epoch under way
-        self.workers = default_workers() if args.workers is None else args.workers
+        self.running, self.revision = {}, revision()  # running: sums over the epoch under way
+        self.began = self.saved_at = time.time()
+        self.workers, self.taught = default_workers() if args.workers is None else args.workers, taught(train_set)
         shortest, longest = recipe.epoch_range
         self.epoch_samples = int(max(shortest, min(longest, len(train_set))))
         self.epochs = -(-recipe.samples // self.epoch_samples) or recipe.epochs
@@ -188,6 +169,7 @@ class Run:
         """What best.pt holds: all that evaluate.py and predict.py need, as plain values and tensors."""
         return checkpoints.model_entries(self.model) | {
             "recipe": asdict(self.recipe), "left_out": self.left_out, "model_name": self.args.model, "data": self.args.data,
+            "run": str(self.args.out), "init": self.init, "taught": self.taught,
             "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}, "metrics": metrics,
             "epoch": self.epoch, "revision": self.revision, "torch": str(torch.__version__),
         }  # fmt: skip
@@ -198,7 +180,7 @@ class Run:
             return
         state = {
             "average": self.average.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict(), "seconds": time.time() - self.began,
             "samples": self.samples, "best": self.best, "log": self.log, "running": self.running,
         }  # fmt: skip
         self.folder.save(self.checkpoint(metrics) | state, self.log)
@@ -214,7 +196,8 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.average.load_state_dict(state["average"])
         self.samples, self.epoch, self.best = state["samples"], state["epoch"], state["best"]
-        self.log, self.running = state["log"], state["running"]
+        self.log, self.running, self.init = state["log"], state["running"], state.get("init")
+        self.began -= state.get("seconds", 0)
 
 
 def train(run: Run, stop: StopSignal) -> None:
@@ -227,7 +210,8 @@ def train(run: Run, stop: StopSignal) -> None:
             stop.number = max(gather(stop.number))
         scores = validate(run)
         run.epoch += 1
-        run.log.append({"epoch": run.epoch, "samples": run.samples} | line | {"val": scores})
+        so_far = {"epoch": run.epoch, "samples": run.samples, "seconds": time.time() - run.began, "lr": run.groups()[0]["lr"]}
+        run.log.append(so_far | line | {"val": scores})
         run.running = {}
         run.save(scores)
         print(f"epoch {run.epoch}: loss {line['loss']:.3f}, {line['images/s']:.1f} images/s, "
@@ -380,7 +364,7 @@ def main(arguments: list[str] | None = None, edit=None, left_out: tuple[str, ...
     with process_group(), exit_on_user_error("train.py"):
         with rank_0_first():
             args, checkpoint = parse(arguments)
-            preset, recipe = resolve(args, checkpoint)
+            preset, recipe = resolve(args.model, args.set, checkpoint, resume=bool(args.resume))
             device = pick_device(args.gpus)
             processes = processes_for(args.gpus, recipe.cpu_processes, recipe.batch_size, args.accumulate)
             if not launched() and processes > 1:
@@ -393,14 +377,19 @@ def main(arguments: list[str] | None = None, edit=None, left_out: tuple[str, ...
         run = Run(args, recipe, model, device, train_set, val_set, left_out)
         if not rank():
             run.folder.make()
-        if args.resume:
-            run.restore(checkpoint)
-        del checkpoint
         variant = args.model + (f" without {', '.join(left_out)}" if left_out else "")
         where = f"{world_size()} x {device.type}" if world_size() > 1 else device
         counts = ", ".join(f"{n:,} {kind}" for kind, n in count_parameters(model).items())
         print(f"{variant} on {args.data} ({len(train_set):,} training targets, {len(val_set):,} validation phrases), {where}, "
-              f"run {args.out}\nparameters: {counts}", flush=True)  # fmt: skip
+              f"run {args.out}\nparameters: {counts}\n{opening(args, checkpoint, (preset, recipe))}", flush=True)  # fmt: skip
+        if args.resume:
+            run.restore(checkpoint)
+            run.log += [{"resumed at": run.samples, "set": args.set}] if args.set else []
+            args.set = [*checkpoint["args"]["set"], *args.set]
+        else:
+            run.init = args.init and started_from(args.init, checkpoint)
+            run.log = [first_line(run.checkpoint({}))]
+        del checkpoint
         stop.farewell = f"stopped; go on with: python train.py --resume {args.out}"
         with card_failures():
             train(run, stop)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -17,8 +18,7 @@ from argparse import Namespace
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import huggingface_hub
-import open_clip
+import cv2
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten
@@ -26,12 +26,15 @@ from torch.utils._pytree import tree_flatten
 import presets
 import train
 from data import TrainingOrder, open_dataset
+from experiments import curves
 from model import RS2SAM2, compiled
 from presets import PRESETS, RECIPES, Preset, Recipe
 from runtime import processes
 from runtime.errors import UserError
 from synthetic_scenes.scenes import make_scenes
+from weights import hub
 from weights.checkpoints import stored_preset, stored_recipe
+from weights.provenance import in_words, provenance, taught
 
 ROOT = Path(__file__).parent.parent
 # Epochs of 10 samples in batches of 4: the first is 3 steps, to sample 12, the second 2, to sample 20.
@@ -166,7 +169,8 @@ def doubles(scenes, tmp_path_factory) -> dict[str, Path]:
 
 def log_of(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images/s", "data_wait")} for line in lines]
+    apart = ("images/s", "data_wait", "seconds", "revision", "left_out")
+    return [{k: v for k, v in line.items() if k not in apart} for line in lines]
 
 
 def state_of(run: Path, name: str = "last.pt") -> dict:
@@ -226,7 +230,8 @@ def test_learning_rates():
 
 
 def resolved(*arguments) -> tuple[Preset, Recipe]:
-    return train.resolve(*train.parse(list(map(str, arguments))))
+    args, checkpoint = train.parse(list(map(str, arguments)))
+    return train.resolve(args.model, args.set, checkpoint, resume=bool(args.resume))
 
 
 def test_settings_reach_preset_and_recipe():
@@ -235,13 +240,14 @@ def test_settings_reach_preset_and_recipe():
     assert preset == replace(PRESETS["base"], image_size=512)
     losses = RECIPES["base"].losses | {"dice": 0.5}
     assert recipe == replace(RECIPES["base"], lr=2e-3, losses=losses, batch_size=6, epochs=3)
-    assert resolved("--model", "tiny", "--epochs", 3)[1].samples == 0  # the budget in samples gives way
+    for three in (("--epochs", 3), ("--set", "epochs=3")):  # the budget in samples gives way
+        assert resolved("--model", "tiny", *three)[1] == replace(RECIPES["tiny"], epochs=3, samples=0)
 
 
 def test_overflow_is_the_scaler_s_business(scenes):
     """A step whose gradient overflows is left out and its scale halved; one that does so at a scale below 1 stops."""
     args, _ = train.parse(list(map(str, new_run(scenes, "muon=0.0"))))
-    preset, recipe = train.resolve(args, None)
+    preset, recipe = train.resolve(args.model, args.set)
     model, *sets = train.prepare(args, preset, recipe, None, None)
     run = train.Run(args, recipe, model, torch.device("cpu"), *sets)
     loader = torch.utils.data.DataLoader(run.train_set, 4, collate_fn=train.Collate(model.union_encoder.tokenizer))
@@ -264,7 +270,7 @@ def test_overflow_is_the_scaler_s_business(scenes):
 
 
 def test_a_run_leaves_what_it_promises(undisturbed):
-    printed, lines = (undisturbed.parent / "printed").read_text(), log_of(undisturbed)
+    printed, (first, *lines) = (undisturbed.parent / "printed").read_text(), log_of(undisturbed)
     assert {p.name for p in undisturbed.iterdir()} == {"best.pt", "last.pt", "log.jsonl", "panels.png"}
     link = undisturbed.parent / "best.pt"
     assert link.is_symlink() and link.resolve() == (undisturbed / "best.pt").resolve()
@@ -272,6 +278,13 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert [(line["epoch"], line["samples"]) for line in lines] == [(1, 12), (2, 20)]
     assert all(math.isfinite(line[key]) for line in lines for key in ("loss", *RECIPES["tiny"].losses))
     assert lines[0]["val"]["samples"] == 12 and lines[1]["loss"] < lines[0]["loss"]
+    preset, recipe = resolved(*new_run("DIR")[:-len(SMALL)], *SMALL)
+    assert (first["run"], first["model_name"], first["init"]) == ("run", "tiny", None)
+    assert first["preset"] == json.loads(json.dumps(asdict(preset))) and first["recipe"]["losses"] == recipe.losses
+    assert [line["lr"] for line in lines] == [recipe.lr * train.learning_rate(recipe, share, 0) for share in (8 / 20, 16 / 20)]
+    seconds = [json.loads(line)["seconds"] for line in (undisturbed / "log.jsonl").read_text().splitlines()[1:]]
+    assert 0 < seconds[0] < seconds[1] <= state_of(undisturbed)["seconds"]
+    assert f"{presets.in_words('preset', preset)}\n{presets.in_words('recipe', recipe)}\n" in printed
     told = (" total, ", " trained, ", " frozen", "epoch 2: loss ", ", cpu, run run", "score it with `python evaluate.py")
     assert all(text in printed for text in told)
 
@@ -283,6 +296,8 @@ def test_a_checkpoint_means_the_same_whatever_becomes_of_presets_py(undisturbed,
         assert checkpoint["preset"] == asdict(preset) and checkpoint["recipe"] == asdict(recipe)
         json.dumps({k: v for k, v in checkpoint.items() if k not in ("model", "tokenizer", "average", "optimizers")})
         assert set(checkpoint["preset"]) == {f.name for f in fields(Preset)} and checkpoint["left_out"] == []
+    assert best["run"] == "run" and best["init"] is None and best["taught"] == taught(open_dataset(best["data"], "train"))
+    assert best["taught"]["generated"] and "the" in best["taught"]["words"]
     assert best.keys() < last.keys() and {"model_name", "data", "metrics", "epoch", "revision", "torch"} < best.keys()
     assert all(torch.is_tensor(v) for v in best["model"].values()) and best["metrics"]["samples"] == 12
     monkeypatch.setitem(presets.RECIPES, "tiny", Recipe(lr=9.0))
@@ -308,7 +323,7 @@ def test_a_compiled_and_edited_run_goes_all_its_ways(scenes, undisturbed, in_pro
     out, ablation = Path("run"), {"edit": edited.append, "left_out": ("x", "y")}
     with pytest.raises(SystemExit) as end:
         train.main(list(map(str, new_run(scenes))), **ablation)
-    assert end.value.code == 143 and state_of(out)["samples"] == 16 and "val" in log_of(out)[0]
+    assert end.value.code == 143 and state_of(out)["samples"] == 16 and "val" in log_of(out)[1]
     train.main(["--resume", "run"], **ablation)
     assert [form._orig_mod for form in forms] == edited and len(edited) == 2
     assert_same_run(out, undisturbed, tolerance=1e-5)
@@ -329,7 +344,7 @@ def test_a_signal_finishes_the_step_and_saves_or_ends_at_once(scenes, undisturbe
         printed = run(tmp_path, *args, first=at(where, samples, SIGNAL.format(name)), code=code)
         assert printed.endswith("\nstopped; go on with: python train.py --resume run\n")
         assert state_of(tmp_path / "run")["samples"] == saved
-        assert (tmp_path / "run" / "log.jsonl").exists() == (samples == 16)
+        assert len(log_of(tmp_path / "run")) == (2 if samples == 16 else 1)
         args = (*GO_ON, "--workers", 2)
     assert printed.count("go on with") == 4
     run(tmp_path, *GO_ON)
@@ -340,7 +355,7 @@ def test_killed_while_checkpoints_are_written_and_at_random_moments(scenes, undi
     """In the middle of a file, before it is flushed, before it is renamed; by a timer of the process's own time, which ends it
     as SIGKILL does: nothing runs any more. last.pt is whole each time."""
     rng, last = random.Random(0), tmp_path / "run" / "last.pt"
-    for call in (1, 5, 6, None):
+    for call in (1, 7, 8, None):
         timer = f"signal.setitimer(signal.ITIMER_VIRTUAL, {rng.uniform(0.3, 1)})\n"
         first = EVERY_STEP + (DIE.format(call=call) if call else timer)
         (code,) = end(start(tmp_path, *(GO_ON if last.exists() else new_run(scenes)), first=first))
@@ -412,7 +427,7 @@ def test_two_processes_stop_after_the_same_step(scenes, doubles, tmp_path, where
 
 def test_two_processes_are_killed_while_one_writes(scenes, doubles, tmp_path):
     """In the middle of a checkpoint; the other waits for it."""
-    first = DOUBLE + QUIET + "if os.environ['RANK'] == '0':\n" + re.sub("(?m)^", "    ", EVERY_STEP + DIE.format(call=4))
+    first = DOUBLE + QUIET + "if os.environ['RANK'] == '0':\n" + re.sub("(?m)^", "    ", EVERY_STEP + DIE.format(call=6))
     codes = end(start(tmp_path, *new_run(scenes, "muon=0.0"), ranks=2, first=first))
     assert codes == [-signal.SIGKILL, 1] and "killed in save" in (tmp_path / "printed").read_text()
     assert state_of(tmp_path / "run")["samples"] == 0
@@ -449,7 +464,7 @@ def test_a_broken_sample_of_one_process_is_one_sentence(tmp_path):
     assert codes == [1, 2]
     *beginning, sentence = (tmp_path / "printed").read_text().splitlines()
     assert re.fullmatch(r"train.py: Sample \d+ of scenes .* is broken: .* not a sound image\.", sentence), sentence
-    assert len(beginning) == 2
+    assert [line.split()[0] for line in beginning if line[0] != " "] == ["tiny", "parameters:", "preset:", "recipe:"]
 
 
 @pytest.mark.parametrize("args, told", [
@@ -462,10 +477,11 @@ def test_a_broken_sample_of_one_process_is_one_sentence(tmp_path):
     ("--data SCENES --model large", "laion2b_s32b_b82k=FILE"),  # says how to name a local file
     ("--resume nowhere", "nothing to resume"),
     ("--init RUN/best.pt --model tiny", "--model and --init exclude each other"),
-    ("--init RUN/best.pt --set reduction=2", "the checkpoint of --init fixes the network; image_size alone"),
+    ("--init RUN/best.pt --set reduction=2", "reduction is 1 in the checkpoint, 2 is asked for; --init fixes the network"),
+    ("--init gone.pt", "gone.pt is a link to runs/gone/best.pt, which is not there"),
     ("--resume RUN --seed 1", "--seed can't be changed by --resume"),
-    ("--resume RUN --set image_size=96", "--resume can change lr alone"),
-    ("--resume RUN --set lr=1e-3 ema=0.5", "--resume can change lr alone"),
+    ("--resume RUN --set image_size=96", "image_size is 64 in the checkpoint, 96 is asked for; --resume can change lr, "),
+    ("--resume RUN --set lr=1e-3 ema=0.5", "ema is 0.999 in the checkpoint, 0.5 is asked for; --resume can change lr, "),
     ("--resume RUN/best.pt", "holds weights alone"),
     ("--data SCENES --out RUN", "holds another run: choose a new --out, or go on with it by --resume"),
 ])  # fmt: skip
@@ -473,24 +489,79 @@ def test_wrong_input_is_one_sentence_before_anything_long(args, told, scenes, un
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    monkeypatch.setattr(open_clip, "download_pretrained", no_network)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", no_network)
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it trains"))
+    Path("gone.pt").symlink_to("runs/gone/best.pt")
     args = args.replace("SCENES", str(scenes)).replace("RUN", str(undisturbed))
     with pytest.raises(SystemExit) as end:
         train.main((args if "--gpus" in args or "--resume" in args else f"{args} --gpus 0").split())
     printed = capsys.readouterr()
-    assert end.value.code == 2 and printed.err.startswith("train.py: ") and told in printed.err and not printed.out
+    assert end.value.code == (1 if "large" in args else 2) and not printed.out
+    assert printed.err.startswith("train.py: ") and told in printed.err
     assert printed.err.count("\n") == 1 or "nowhere" in args  # which shows the layouts
     assert not Path("runs").exists()
 
 
 def test_resume_takes_a_new_learning_rate_and_what_changes_no_result(undisturbed):
-    args, checkpoint = train.parse(["--resume", str(undisturbed), "--set", "lr=1e-5", "--epochs", "5", "--workers", "1"])
-    _, recipe = train.resolve(args, checkpoint)
+    changes = ("--resume", undisturbed, "--set", "lr=1e-5", "--epochs", 5, "--workers", 1)
+    args, checkpoint = train.parse(list(map(str, changes)))
     stored = stored_recipe(checkpoint)
-    assert stored.lr == 1.4e-3 and stored.epochs == 2 and recipe == replace(stored, lr=1e-5, epochs=5)
+    assert stored.lr == 1.4e-3 and stored.epochs == 2 and resolved(*changes)[1] == replace(stored, lr=1e-5, epochs=5)
     assert (args.workers, args.model, args.out, args.gpus) == (1, "tiny", undisturbed, 0)
+
+
+def test_a_run_that_goes_on_with_new_numbers_says_and_keeps_so(undisturbed, in_process, capsys):
+    shutil.copytree(undisturbed, "run")
+    before = state_of(Path("run"))["seconds"]
+    train.main(["--resume", "run", "--set", "lr=1e-5", "--epochs", "3"])
+    told = "\nfrom here on epochs is 3, it was 2\nfrom here on lr is 1e-05, it was 0.0014\nepoch 3:"
+    assert told in capsys.readouterr().out.replace("\r", "")
+    state, lines = state_of(Path("run")), log_of(Path("run"))
+    assert lines[:3] == log_of(undisturbed) and lines[3] == {"resumed at": 20, "set": ["lr=1e-5", "epochs=3"]}
+    assert len(lines) == 5 and lines[4]["lr"] <= 1e-5 and before < state["seconds"] < before + 100
+    assert state["args"]["set"] == [*SMALL, "epochs=2", "batch_size=4", "lr=1e-5", "epochs=3"]
+
+
+def test_a_fine_tuned_run_knows_its_chain(scenes, undisturbed, in_process, capsys):
+    Path("best.pt").symlink_to(undisturbed / "best.pt")
+    small = ("--data", str(scenes), "--epochs", "1", "--batch-size", "4", "--workers", "0", "--gpus", "0", "--out")
+    train.main([*small, "second", "--init", "best.pt", "--set", "epoch_range=(4, 4)"])
+    score = {key: state_of(undisturbed, "best.pt")["metrics"][key] for key in ("mIoU", "oIoU")}
+    chain = {"file": str(undisturbed / "best.pt"), "model": "tiny", "run": "run", "data": str(scenes), "score": score}
+    second, printed = state_of(Path("second"), "best.pt"), capsys.readouterr().out
+    assert second["init"].items() > chain.items() and second["init"] == log_of(Path("second"))[0]["init"]
+    assert f"\nbest.pt -> {undisturbed / 'best.pt'}: tiny, run run, trained on {scenes}, epoch " in printed
+    assert f"best.pt links to second/best.pt from now on, not to {undisturbed / 'best.pt'}\n" in printed
+    train.main([*small, "third", "--init", "best.pt", "--set", "epoch_range=(4, 4)"])
+    third = provenance(state_of(Path("third"), "best.pt"))
+    assert [third["run"], third["init"]["run"], third["init"]["init"]["run"]] == ["third", "second", "run"]
+    assert in_words(third).count("fine-tuned from") == 2 and third["init"]["file"] == "second/best.pt"
+
+
+def test_curves_of_a_run(undisturbed, tmp_path, monkeypatch):
+    shutil.copy(undisturbed / "log.jsonl", tmp_path)
+    lines, plots = log_of(tmp_path)[1:], curves.curves(curves.read_log(tmp_path))
+    assert plots["validation, per cent"] == {k: ([12, 20], [line["val"][k] for line in lines]) for k in ("mIoU", "oIoU")}
+    assert plots["learning rate"] == {"of the fusion modules": ([12, 20], [line["lr"] for line in lines])}
+    assert plots["loss and its terms"].keys() == {"loss", *RECIPES["tiny"].losses}
+    assert plots["loss and its terms"]["dice"] == ([12, 20], [line["dice"] for line in lines])
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "log.jsonl").write_text('{"epoch": 1, "samples": 4, "loss": 2.0, "val": {"mIoU": 1.0}}\n')
+    assert curves.curves(curves.read_log(tmp_path / "old"))["learning rate"] == {}  # of an earlier revision
+    for folder, told in ((tmp_path / "gone", "log.jsonl can't be read"), (tmp_path / "empty", "has no epoch yet")):
+        if folder.name == "empty":
+            folder.mkdir()
+            (folder / "log.jsonl").write_text('{"run": "x"}\n')
+        with pytest.raises(UserError, match=told):
+            curves.main([str(folder)])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="matplotlib, which is missing: pip install matplotlib"):
+        curves.main([str(tmp_path)])
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    for folder in (tmp_path, tmp_path / "old"):
+        curves.main([str(folder)])
+        assert cv2.imread(str(folder / "curves.png")).std() > 1
 
 
 def test_help_and_flags(capsys):

@@ -40,6 +40,11 @@ def weights_line(path: str | Path, checkpoint: dict) -> str:
     return f"{path}{f' -> {found}' if str(found) != str(path) else ''}: {in_words(provenance(checkpoint))}"
 
 
+def started_from(path: str | Path, checkpoint: dict) -> dict:
+    """The entry "init" of what is fine-tuned from a checkpoint: its "file" and `provenance`."""
+    return {"file": str(linked(path))} | provenance(checkpoint)
+
+
 def linked(path: str | Path) -> Path:
     """What a path is a link to, else the path."""
     path = Path(path)

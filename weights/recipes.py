@@ -1,8 +1,12 @@
 """The preset and the recipe of a run: those of a name in presets.py or of a checkpoint, changed by --set."""
 
-from presets import PRESETS, RECIPES, Preset, Recipe, differences, with_settings
+from argparse import Namespace
+
+from presets import PRESETS, RECIPES, Preset, Recipe, differences, in_words, with_settings
 from runtime.errors import UserError
 from weights.checkpoints import stored_preset, stored_recipe
+from weights.provenance import weights_line
+from weights.saved import without_infinity
 
 FREE = ("lr", "epochs", "samples", "batch_size")  # what --resume may change
 
@@ -31,3 +35,19 @@ def news(checkpoint: dict, new: tuple[Preset, Recipe], model: str) -> list[str]:
     changed = {name: pair for name, pair in differences(today, old).items() if name not in FREE}
     return lines + [f"the run goes on with its own {name}, {own!r}: in presets.py it is {there!r} now"
                     for name, (there, own) in changed.items()]  # fmt: skip
+
+
+def opening(args: Namespace, checkpoint: dict | None, new: tuple[Preset, Recipe]) -> str:
+    """The lines that a run begins with: all its numbers, the weights that --init names, what is new with --resume."""
+    lines = [in_words("preset", new[0]), in_words("recipe", new[1])]
+    if args.resume:
+        lines += news(checkpoint, new, args.model)
+    elif args.init:
+        lines.append(weights_line(args.init, checkpoint))
+    return "\n".join(lines)
+
+
+def first_line(checkpoint: dict) -> dict:
+    """The first line of log.jsonl: what a run is, of the entries that it stores in checkpoints."""
+    names = ("run", "model_name", "data", "preset", "recipe", "left_out", "init", "revision")
+    return without_infinity({name: checkpoint[name] for name in names})

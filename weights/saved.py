@@ -58,7 +58,7 @@ def save_folder(folder: str | Path, entries: dict, facts: dict) -> None:
     facts = {key: value for key, value in facts.items() if key not in LEFT_BEHIND} | origin
     facts = {"model_name": "of one's own", "data": None, "revision": "", "epoch": None, "recipe": None, "left_out": []} | facts
     facts["preset"] = entries["preset"]
-    config = json.dumps(_without_infinity(facts), indent=1, allow_nan=False)
+    config = json.dumps(without_infinity(facts), indent=1, allow_nan=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in entries["model"].items()}
     files = {"config.json": config.encode(), "README.md": model_card(facts).encode()}
     if entries["tokenizer"] is not None:
@@ -104,17 +104,17 @@ def read_saved(folder: Path) -> dict:
     return read_config(folder) | {"model": read_file(folder / "model.safetensors"), "tokenizer": tokenizer}
 
 
-def _without_infinity(value):
+def without_infinity(value):
     """The value with the numbers that JSON lacks as texts: "inf", "-inf", "nan"."""
     if isinstance(value, dict):
-        return {key: _without_infinity(item) for key, item in value.items()}
+        return {key: without_infinity(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_infinity(item) for item in value]
+        return [without_infinity(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _with_infinity(value):
-    """What `_without_infinity` was given, its tuples as lists."""
+    """What `without_infinity` was given, its tuples as lists."""
     if isinstance(value, dict):
         return {key: _with_infinity(item) for key, item in value.items()}
     if isinstance(value, list):
