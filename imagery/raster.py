@@ -8,8 +8,27 @@ import numpy as np
 
 from imagery.bands import finite, stretch, stretch_limits
 from imagery.description import describe, place_note
-from imagery.plain import NODATA, OVERVIEW, Scene, quiet
+from imagery.plain import NODATA, OVERVIEW, PlainImage, Scene, quiet
 from runtime.errors import UserError
+
+
+@contextlib.contextmanager
+def gdal(sentence: str):
+    """rasterio, or None where it is not installed. What it and GDAL raise is a UserError of this sentence; what they print is
+    left out."""
+    try:
+        import rasterio
+    except ImportError:
+        rasterio = None
+    if rasterio is None:
+        yield None
+        return
+    try:
+        with quiet(), rasterio.Env():
+            yield rasterio
+    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError) as error:
+        memory = "emory" in f"{error} {error.__cause__}"
+        raise UserError(f"{sentence}{', for want of memory' if memory else ''}.") from None
 
 
 class RasterFile(Scene):
@@ -27,24 +46,12 @@ class RasterFile(Scene):
         self.height, self.width, self.crs, self.transform = file.height, file.width, file.crs, file.transform
         scale = min(1, OVERVIEW / max(self.height, self.width))
         self.reduced = max(1, round(self.height * scale)), max(1, round(self.width * scale))
-        with self.errors_as_user_errors():
+        self.sentence = f"{path} is damaged or cut off"
+        with gdal(self.sentence):
             self.about = describe(file, path, bands, self.reduced)
         self.notes, self.placed = self.about.notes, not place_note(file)
         if self.about.highest is None and self.about.palette is None:
             self.limits = stretch_limits(*self.read_bands(None, self.reduced))
-
-    @contextlib.contextmanager
-    def errors_as_user_errors(self, what: str = "is damaged or cut off"):
-        """What rasterio and GDAL raise and print, in one sentence."""
-        import rasterio
-
-        try:
-            with quiet(), rasterio.Env():
-                yield
-        except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError) as error:
-            if "emory" in f"{error} {error.__cause__}":
-                what = "needs more memory than there is"
-            raise UserError(f"{self.path} {what}.") from None
 
     @functools.cached_property
     def overview(self) -> np.ndarray:
@@ -52,17 +59,16 @@ class RasterFile(Scene):
 
     def read_bands(self, window, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         """The chosen bands (h, w, 3) at their own depth, and where they are valid (h, w) or None; reduced to `shape`."""
-        from rasterio.enums import Resampling
-
-        resampling = Resampling.average if self.about.averages else Resampling.nearest
-        with self.errors_as_user_errors():
+        with gdal(self.sentence) as rasterio:
+            kinds = rasterio.enums.Resampling
+            resampling = kinds.average if self.about.averages else kinds.nearest
             pixels = self.file.read(self.about.bands, window=window, out_shape=(3, *shape), resampling=resampling)
         return (pixels := pixels.transpose(1, 2, 0)), self.read_valid(window, shape, pixels)
 
     def read_valid(self, window, shape: tuple[int, int], pixels: np.ndarray | None = None) -> np.ndarray | None:
         """bool (h, w): where there is data; None: everywhere. pixels: the bands there, which matter where they are floats."""
         parts = []
-        with self.errors_as_user_errors():
+        with gdal(self.sentence):
             if self.about.masked:
                 parts.append(self.file.read_masks(self.about.bands, window=window, out_shape=(3, *shape)).any(axis=0))
             if self.about.alpha:
@@ -88,24 +94,40 @@ class RasterFile(Scene):
     def valid(self, top: int, height: int) -> np.ndarray | None:
         return self.read_valid(((top, top + height), (0, self.width)), (height, self.width))
 
-    @contextlib.contextmanager
     def mask_file(self, path: Path):
-        """A GeoTIFF with the scene's georeferencing, tiled and compressed; NODATA where the scene has no data."""
-        import rasterio
-
+        """A context; the mask has NODATA where the scene has no data."""
         partial = self.about.masked or self.about.floats or self.about.alpha
-        options = {
-            "driver": "GTiff", "height": self.height, "width": self.width, "count": 1, "dtype": "uint8",
-            "tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "BIGTIFF": "IF_SAFER",
-            "crs": self.crs, "transform": self.transform, "nodata": NODATA if partial else None,
-        }  # fmt: skip
-        with self.errors_as_user_errors("has a mask that can't be written"), rasterio.open(path, "w", **options) as file:
-            points, crs = self.file.gcps
-            if points:
-                file.gcps = points, crs or rasterio.crs.CRS()
-            if self.file.rpcs:
-                file.rpcs = self.file.rpcs
-            yield RasterMask(file)
+        return placed_mask(self.file, path, NODATA if partial else None)
+
+
+class PlacedPicture(PlainImage):
+    """A plain picture, decoded by Pillow, of which rasterio knows the place: JPEG has no two decoders that agree."""
+
+    suffix = ".tif"  # of its mask
+
+    def __init__(self, pixels: np.ndarray, file, bands: tuple[int, ...] | None, name: str):
+        super().__init__(pixels, bands, name, place_note(file))
+        self.file, self.placed = file, not self.notes
+
+    def mask_file(self, path: Path):
+        return placed_mask(self.file, path, None if self.mask is None else NODATA)
+
+
+@contextlib.contextmanager
+def placed_mask(scene, path: Path, nodata: int | None):
+    """A GeoTIFF, tiled and compressed, with the georeferencing of the file `scene` of rasterio's: yields a RasterMask."""
+    options = {
+        "driver": "GTiff", "height": scene.height, "width": scene.width, "count": 1, "dtype": "uint8",
+        "tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "BIGTIFF": "IF_SAFER",
+        "crs": scene.crs, "transform": scene.transform, "nodata": nodata,
+    }  # fmt: skip
+    with gdal(f"The mask of {scene.name} can't be written") as rasterio, rasterio.open(path, "w", **options) as file:
+        points, crs = scene.gcps
+        if points:
+            file.gcps = points, crs or rasterio.crs.CRS()
+        if scene.rpcs:
+            file.rpcs = scene.rpcs
+        yield RasterMask(file)
 
 
 class RasterMask:

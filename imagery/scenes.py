@@ -7,10 +7,10 @@
     scene.overview                          uint8 RGB, the whole scene, its longest side at most 2,048
     scene.mask_file(path)                   a context whose write(top, uint8 rows (h, W)) makes the mask's file
 
-rasterio, where it is installed, is asked first. Where Pillow's picture says all that rasterio knows of the file (8 bits, no
-place, no mask, bands in order), Pillow decodes it whole (plain.py), and so it does what rasterio doesn't know; all else is
-a RasterFile (raster.py). Without rasterio a file gives the same pixels or is refused. What can't be read is a UserError
-of one sentence.
+rasterio, where it is installed, is asked first. Where Pillow's picture says all that rasterio knows of the file's pixels (8
+bits, no mask, bands in order), Pillow decodes it whole (plain.py), and so it does what rasterio doesn't know; all else, and a
+TIFF or JPEG 2000 file that has a place, is a RasterFile (raster.py). Without rasterio a file gives the same pixels or is
+refused. What can't be read is a UserError of one sentence.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from PIL import Image
 from imagery.bands import NO_ALPHA, is_alpha
 from imagery.description import is_placed, named_bands, pages_note
 from imagery.plain import PlainImage, Scene, bits, frames, loaded, opened, pixels_of, quiet
-from imagery.raster import RasterFile
+from imagery.raster import PlacedPicture, RasterFile, gdal
 from runtime.errors import UserError
 
 MAX_PLAIN = 2**27  # pixels of an image that is decoded whole: 400 MB of RGB
@@ -31,7 +31,7 @@ MAX_PIXELS = 2**26  # of an image to train on, 8192 x 8192: one that claims more
 MAX_SIDE = 65_535  # pixels: rows of the whole width are in memory
 MASK_FILES = (".aux.xml", ".msk")  # after the image's name: nodata, a mask and more
 GEO_TAGS = (33550, 33922, 34264, 34735, 50844)  # of TIFF: scale, tie points, matrix, coordinate system, RPCs
-NODATA_TAG = 42113  # of TIFF
+BAND_NAMES_TAG, NODATA_TAG = 42112, 42113  # of TIFF, by GDAL
 
 
 def open_scene(path: str | Path, bands: tuple[int, ...] | None = None, as_stored: bool = False) -> Scene:
@@ -47,27 +47,39 @@ def open_scene(path: str | Path, bands: tuple[int, ...] | None = None, as_stored
         if as_stored and picture and picture.format not in ("TIFF", "JPEG2000") and not side_files(path, MASK_FILES):
             refuse_for_training(path, picture)
             return plain_image(loaded(picture, path), path, bands, as_stored)
-        file, installed = open_raster(path)
-        if not file and not picture:
-            hint = "" if installed or path.suffix in (".jpg", ".png") else ", or one that needs rasterio (pip install rasterio)"
-            raise UserError(f"{path} can't be read: not a sound image{hint}.")
-        (refuse_for_training if as_stored else refuse_by_header)(path, picture, file)
-        if picture and (not file or says_all(picture, file)):
-            if not installed and (reason := beyond_pillow(picture, path, as_stored)):
-                raise UserError(f"{path} {reason}, which needs rasterio: pip install rasterio shapely pyproj.")
-            try:
-                loaded(picture, path)
-            except UserError:
-                if not file or picture.format != "TIFF":  # of which Pillow lacks some compressions
-                    raise
-            else:
-                return plain_image(picture, path, bands, as_stored, file)
-        return RasterFile(file, path, bands)
+        with gdal(f"{path} is damaged or cut off") as rasterio:
+            return asked_scene(path, picture, rasterio, bands, as_stored)
+
+
+def asked_scene(path: Path, picture: Image.Image | None, rasterio, bands: tuple[int, ...] | None, as_stored: bool) -> Scene:
+    """The scene of a file after rasterio, None where it is not installed, was asked what it knows."""
+    try:
+        file = rasterio and rasterio.open(path)
+    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError):
+        file = None
+    if not file and not picture:
+        hint = "" if rasterio or path.suffix in (".jpg", ".png") else ", or one that needs rasterio (pip install rasterio)"
+        raise UserError(f"{path} can't be read: not a sound image{hint}.")
+    (refuse_for_training if as_stored else refuse_by_header)(path, picture, file)
+    if not rasterio and (reason := beyond_pillow(picture, path, as_stored)):
+        raise UserError(f"{path} {reason}, which needs rasterio: pip install rasterio shapely pyproj.")
+    if picture and (not file or says_all(picture, file)):
+        try:
+            loaded(picture, path)
+        except UserError:
+            if not file or picture.format != "TIFF":  # of which Pillow lacks some compressions
+                raise
+        else:
+            return plain_image(picture, path, bands, as_stored, file)
+    return RasterFile(file, path, bands)
 
 
 def plain_image(picture: Image.Image, path: Path, bands: tuple[int, ...] | None, as_stored: bool, file=None) -> PlainImage:
     """The scene of a decoded picture. file: the same through rasterio, where it was asked."""
-    pixels, notes = pixels_of(picture, turn=not as_stored), pages_note(file) if file else []
+    placed = bool(file) and is_placed(file)
+    pixels, notes = pixels_of(picture, turn=not (as_stored or placed)), pages_note(file) if file else []
+    if placed:
+        return PlacedPicture(pixels, file, bands, str(path))
     if picture.format == "TIFF" and pixels.ndim == 3 and not is_alpha(pixels[..., 3:], 255):
         pixels, notes = pixels[..., :3], [*notes, NO_ALPHA]
     return PlainImage(pixels, bands, str(path), notes)
@@ -112,27 +124,17 @@ def as_scene(image: str | Path | Image.Image | np.ndarray) -> Scene:
     return PlainImage(np.array(image))
 
 
-def open_raster(path: Path):
-    """(what rasterio opens, or None; whether rasterio is installed)."""
-    try:
-        import rasterio
-    except ImportError:
-        return None, False
-    try:
-        return rasterio.open(path), True
-    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError):
-        return None, True
-
-
 def says_all(picture: Image.Image, file) -> bool:
-    """Whether Pillow's picture holds all that rasterio knows of the file."""
+    """Whether Pillow's picture has the pixels that rasterio means, all of them at once, and where they have data.
+
+    A georeferenced TIFF or JPEG 2000 file is read by windows, however small it is."""
+    kinds = [kind.name for kind in file.colorinterp]
     flags = [{flag.name for flag in flags} for flags in file.mask_flag_enums]
     masked = any({"all_valid", "alpha"}.isdisjoint(names) for names in flags) and "transparency" not in picture.info
-    return (
-        set(file.dtypes) == {"uint8"} and not is_placed(file) and not masked and file.height * file.width <= MAX_PLAIN
-        and named_bands(file) in (None, [1, 2, 3]) and not (picture.mode == "RGBA" and file.colorinterp[-1].name != "alpha")
-        and "alpha" not in [kind.name for kind in file.colorinterp[4:]]
-    )  # fmt: skip
+    by_windows = file.height * file.width > MAX_PLAIN or picture.format in ("TIFF", "JPEG2000") and is_placed(file)
+    in_order = named_bands(file) in (None, [1, 2, 3]) and "alpha" not in kinds[4:]
+    infrared = picture.mode == "RGBA" and kinds[-1] != "alpha"
+    return set(file.dtypes) == {"uint8"} and in_order and not (masked or by_windows or infrared)
 
 
 def beyond_pillow(picture: Image.Image, path: Path, as_stored: bool) -> str:
@@ -144,16 +146,24 @@ def beyond_pillow(picture: Image.Image, path: Path, as_stored: bool) -> str:
     if picture.format == "JPEG2000":
         return "is a JPEG 2000 file"
     letters = path.suffix[1:].lower() or "-"
-    world_files = [f".{ending}" for ending in (f"{letters[0]}{letters[-1]}w", f"{letters}w", "wld", "tab")]
-    beside = side_files(path, MASK_FILES) or (not as_stored and side_files(path.with_suffix(""), world_files))
+    world_files = [f".{ending}" for ending in (f"{letters[0]}{letters[-1]}w", f"{letters}w", "wld", "tab", "rpb")]
+    beside = side_files(path, MASK_FILES) or (not as_stored and side_files(path.with_suffix(""), [*world_files, "_rpc.txt"]))
     if beside:
         return f"has {beside[0]} beside it"
     if picture.format == "TIFF":
-        samples, tags = picture.tag_v2.get(277, 1), picture.tag_v2
-        if NODATA_TAG in tags or not as_stored and any(tag in tags for tag in GEO_TAGS):
+        tags = picture.tag_v2
+        by_jpeg = tags.get(259) in (6, 7)  # of which GDAL's decoder gives slightly other values
+        if NODATA_TAG in tags or any(tag in tags for tag in GEO_TAGS) and (by_jpeg or not as_stored):
             return "is a GeoTIFF"
-        if samples != len(picture.getbands()) or picture.n_frames > 1:
-            return f"is a TIFF of {samples} bands and {picture.n_frames} pages or masks"
+        if "role=" in str(tags.get(BAND_NAMES_TAG)):
+            return "is a TIFF with names of its bands"
+        if (samples := tags.get(277, 1)) != len(picture.getbands()):
+            return f"is a TIFF of {samples} bands"
+        try:
+            pages = picture.n_frames
+        except Exception:  # of a kind that Pillow doesn't know
+            pages = 2
+        return "is a TIFF with a mask or several pages" if pages > 1 else ""
     return ""
 
 

@@ -16,7 +16,7 @@ from imagery import scenes
 from imagery.pictures import captioned, fitted, grid, lit, outlined
 from imagery.pixels import read_image, resize_image
 from imagery.plain import NODATA, PlainImage
-from imagery.raster import RasterFile
+from imagery.raster import PlacedPicture, RasterFile
 from imagery.results import MaskResult, ReducedMask, overlay, slug, stems
 from imagery.scenes import as_scene, open_scene
 from imagery.tiles import CoarseMask, at_size, blend, starts, tiled_rows
@@ -294,8 +294,9 @@ def test_palettes_and_plain_images_with_more_than_pillow_reads(tmp_path, monkeyp
     write_tiff(tmp_path / "a.jp2", ramps(3, 64, 64), driver="JP2OpenJPEG")
     save(tmp_path / "a.png", RGB)
     (tmp_path / "a.pgw").write_text("0.5\n0\n0\n-0.5\n399960.25\n5800019.75\n")
-    for scene, crs in ((open_scene(tmp_path / "a.jp2"), HERE["crs"]), (open_scene(tmp_path / "a.png"), None)):
-        assert type(scene) is RasterFile and scene.transform == rasterio.Affine(*HERE["transform"]) and scene.crs == crs
+    for name, kind, crs in (("a.jp2", RasterFile, HERE["crs"]), ("a.png", PlacedPicture, None)):
+        file = (scene := open_scene(tmp_path / name)).file
+        assert type(scene) is kind and file.transform == rasterio.Affine(*HERE["transform"]) and file.crs == crs
     grey = Image.fromarray(clear(RGB, 9)).convert("LA")
     bands = np.asarray(grey).transpose(2, 0, 1)
     check(open_scene(save(tmp_path / "la.tif", grey)), PlainImage, bands[[0, 0, 0]], bands[1] > 0)
