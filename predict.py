@@ -22,8 +22,6 @@ confidence the mean probability inside it, 0 where it is empty. Exit code: 0 all
 """
 
 import argparse
-import csv
-import io
 import os
 import signal
 import sys
@@ -35,7 +33,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from annotations.layouts import IMAGE_SUFFIXES, clean_phrase, read_text
+from annotations.layouts import IMAGE_SUFFIXES
+from annotations.samples import clean_phrase
+from annotations.spreadsheets import read_rows
 from imagery.pixels import resize_image
 from imagery.plain import Scene
 from imagery.results import Job, ResultFolder, mask_score_logits, readable
@@ -190,18 +190,12 @@ def find_jobs(paths: list[Path], phrases: list[str]) -> list[Job]:
 
 def read_list(path: Path) -> list[tuple[Path, str, str]]:
     """(image, phrase, fault) of each row of a CSV with the columns image and phrase; paths from the CSV's folder."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    try:
-        if absent := {"image", "phrase"} - set(reader.fieldnames or []):
-            raise UserError(f"{path} lacks the column {' and '.join(sorted(absent))}: its first line must name them.")
-        rows = []
-        for row in reader:
-            complete = None not in row and None not in row.values() and row["image"].strip()
-            fault = f"{path}, line {reader.line_num}: the row has not the fields of the first line: quote phrases with commas."
-            rows.append((path.parent / (row["image"] or "").strip(), row["phrase"] or "", "" if complete else fault))
-        return rows
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is no valid CSV ({error}): mend it.") from None
+    rows = []
+    for line, row, whole in read_rows(path, ("image", "phrase")):
+        fault = f"{path}, line {line}: the row has not the fields of the first line: quote phrases with commas."
+        image = row.get("image", "").replace("\\", "/")
+        rows.append((path.parent / image, row.get("phrase", ""), "" if whole and image else fault))
+    return rows
 
 
 class PredictionRun:

@@ -17,8 +17,8 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
           "test": "test", "testing": "test"}  # fmt: skip
 
 
-def read_rows(path: Path, needed: tuple, optional: tuple = ()) -> Iterator[tuple[int, dict[str, str] | None]]:
-    """(line, {column: text}) of the rows that are not blank; None for the dict where the row has not the header's fields.
+def read_rows(path: Path, needed: tuple, optional: tuple = ()) -> Iterator[tuple[int, dict[str, str], bool]]:
+    """(line, {column: text}, whether it has the header's fields) of the rows that are not blank.
 
     Fields are cut at commas, semicolons or tabs, whichever gives the most of the columns; case, blanks and order in the header
     do not matter, other columns are ignored, and the optional ones are in the dict where the header has them."""
@@ -42,8 +42,8 @@ def read_rows(path: Path, needed: tuple, optional: tuple = ()) -> Iterator[tuple
         for row in reader:
             row = [field.strip() for field in row]
             if any(row):
-                fits = len(row) >= len(header) and not any(row[len(header) :])
-                yield reader.line_num, {name: field for name, field in zip(header, row) if name in known} if fits else None
+                whole = len(row) >= len(header) and not any(row[len(header) :])
+                yield reader.line_num, {name: field for name, field in zip(header, row) if name in known}, whole
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num} is not sound CSV ({error}): mend it.") from None
 
@@ -52,9 +52,9 @@ def read_csv(path: Path) -> list[Sample]:
     """Data of your own; rows with the same image and mask are one sample with several phrases, rows without a mask are
     phrases that have no target in the image."""
     rows, targets, categories = [], {}, {}
-    for line, row in read_rows(path, COLUMNS, OPTIONAL):
+    for line, row, whole in read_rows(path, COLUMNS, OPTIONAL):
         where = f"{path}, line {line}"
-        if row is None:
+        if not whole:
             raise UserError(f"{where} has not as many fields as the first line: quote phrases with commas.")
         rows.append((where, row | {"image": below("images", row["image"]), "mask": below("masks", row["mask"])}))
     drawn = {} if rows and "split" in rows[0][1] else draw_splits(path, {row["image"] for _, row in rows})

@@ -144,11 +144,13 @@ def test_jobs_of_folders_lists_and_images(tmp_path):
     *jobs, bad = find_jobs([table], [])
     assert jobs == [(a, "the ship, left", 1, ""), (a, "w", 2, ""), (b, "z", 1, "")] and "line 5" in bad.fault
     assert len(find_jobs([b, table], ["x"])) == 5
+    table.write_text(" Phrase;IMAGE\nthe ship, left;sub\\a.jpg\n;\n")  # as spreadsheets and Windows write it
+    assert find_jobs([table], []) == [(tmp_path / "sub/a.jpg", "the ship, left", 1, "")]
     empty.mkdir()
     for text, paths, phrases, sentence in (
         ("", [empty], ["x"], "no image"), ("", [tmp_path / "none"], ["x"], "no image"), ("", [table], ["x"], "of its own"),
-        ("", [b], [], "--phrase"), ("", [b, table], [], "--phrase"), ("", [table], [], "columns? image"),
-        ("file,phrase\na,b\n", [table], [], "column image"), ("image,phrase\n", [table], [], "no rows"),
+        ("", [b], [], "--phrase"), ("", [b, table], [], "--phrase"), ("", [table], [], "lacks image, phrase"),
+        ("file,phrase\na,b\n", [table], [], "lacks image"), ("image,phrase\n", [table], [], "no rows"),
     ):  # fmt: skip
         table.write_text(text)
         with pytest.raises(UserError, match=sentence):
