@@ -242,7 +242,7 @@ def main() -> None:
         from encoder import OpenCLIPTokenizer  # takes seconds, which --help need not
 
         tokenizer = OpenCLIPTokenizer(context=77)
-        check(args.check, args.sheet, args.sample, args.strict, tokenizer.length, tokenizer.context)
+        check(args.check, args.sheet, tokenizer.length, tokenizer.context, args.sample, args.strict)
 
 
 if __name__ == "__main__":

@@ -45,13 +45,13 @@ class Look:
 
 
 def check(
-    data: str | Path, sheet: str | Path, number: int | None = None, strict: bool = False,
-    length: Callable[[str], int] = len, context: int = 10**9,
+    data: str | Path, sheet: str | Path, length: Callable[[str], int], context: int,
+    number: int | None = None, strict: bool = False,
 ) -> None:  # fmt: skip
     """Print what is in a data set and what is wrong with it; draw 16 samples into a new file named like `sheet`, and write all
     names beside it. UserError with exit code 1 where there are faults, or, if `strict`, notes.
 
-    Of the files all are decoded, or those of `number` samples; phrases of which `length` gives more than `context` are cut."""
+    Of the files all are decoded, or those of `number` samples. Phrases whose length(phrase) is over `context` will be cut."""
     name, root, samples = read_samples(data)
     print(f"{name} at {root}")
     print_index(samples)
