@@ -1,5 +1,6 @@
 """What a raster file says of itself: its bands, where it has data, where it lies. `file` is an open file of rasterio's."""
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def describe(file, path: Path, bands: tuple[int, ...] | None, reduced: tuple[int
     looked at. UserError for what can't be shown as red, green and blue."""
     if file.count == 0:
         raise UserError(f"{path} is a {file.driver} container of {len(file.subdatasets)} images: extract the one you mean.")
-    kinds, notes = [kind.name for kind in file.colorinterp], [*pages_note(file), *place_note(file)]
+    kinds, notes = [kind.name for kind in file.colorinterp], [*pages_note(file), *place_note(file), *shape_note(file)]
     if set(kinds) == {"alpha"}:
         raise UserError(f"{path} has an alpha band alone: there is nothing to look at.")
     alpha = None if bands else find_alpha(file, kinds, reduced, notes)
@@ -128,3 +129,21 @@ def place_note(file) -> list[str]:
     else:
         found = "has a coordinate system but no geotransform" if file.crs else "has no coordinate system"
     return [f"The image {found}, so no polygons on the Earth are written."]
+
+
+def shape_note(file) -> list[str]:
+    """A note where the pixel in the middle is over 1.5 times as high on the ground as wide, or the other way round."""
+    if place_note(file):
+        return []
+    from rasterio.warp import transform
+
+    row, column = file.height / 2, file.width / 2
+    corners = [file.transform * point for point in ((column, row), (column + 1, row), (column, row + 1))]
+    with contextlib.suppress(Exception):  # a coordinate system that isn't the Earth's
+        longitude, latitude = map(np.array, transform(file.crs, "EPSG:4326", *zip(*corners)))
+        east = ((longitude - longitude[0] + 180) % 360 - 180) * np.cos(np.radians(latitude[0]))
+        width, height = np.hypot(east, latitude - latitude[0])[1:]
+        if max(width, height) > 1.5 * min(width, height):
+            return [f"Pixels are {height / width:.2g} times as high on the ground as wide, so shapes look squeezed: "
+                    "warp the image to square pixels."]  # fmt: skip
+    return []

@@ -24,7 +24,8 @@ def decode(path: str | Path, any_depth: bool = False) -> Image.Image:
     try:
         with quiet(), opened(Path(path)) or Image.fromarray(read_image(path)) as picture:
             refuse_for_training(path, picture, None, any_depth)
-            return loaded(picture, path)
+            loaded(picture, path)
+            return picture
     except UserError as error:
         raise ValueError(str(error).rstrip(".")) from None
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import re
 import stat
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -78,13 +80,29 @@ def opened(path: Path) -> Image.Image | None:
         return None
 
 
-def loaded(picture: Image.Image, path: Path) -> Image.Image:
-    """The picture, decoded; UserError where it is damaged."""
+def loaded(picture: Image.Image, name: str | Path) -> list[str]:
+    """Decode the picture -> notes on it; UserError where it is damaged."""
+    by_libtiff = any("libtiff" in str(tile[0]) for tile in getattr(picture, "tile", ()))
     try:
-        picture.load()
+        with captured_stderr() if by_libtiff else contextlib.nullcontext(io.BytesIO()) as printed:
+            picture.load()
+            printed.seek(0)
+            return ["A part of the file may be damaged."] if printed.read(1) else []
     except Exception:  # nearly anything
-        raise UserError(f"{path} is damaged or cut off.") from None
-    return picture
+        raise UserError(f"{name} is damaged or cut off.") from None
+
+
+@contextlib.contextmanager
+def captured_stderr():
+    """What libraries print on the process's stderr, as a file: Pillow's libtiff can't be silenced otherwise."""
+    with tempfile.TemporaryFile() as printed:
+        terminal = os.dup(2)
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield printed
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def frames(picture: Image.Image) -> int:

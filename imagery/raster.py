@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from imagery.bands import finite, stretch, stretch_limits
-from imagery.description import describe, place_note
+from imagery.description import describe, place_note, shape_note
 from imagery.plain import NODATA, OVERVIEW, PlainImage, Scene, quiet
 from runtime.errors import UserError
 
@@ -106,8 +106,8 @@ class PlacedPicture(PlainImage):
     suffix = ".tif"  # of its mask
 
     def __init__(self, pixels: np.ndarray, file, bands: tuple[int, ...] | None, name: str):
-        super().__init__(pixels, bands, name, place_note(file))
-        self.file, self.placed = file, not self.notes
+        super().__init__(pixels, bands, name, [*place_note(file), *shape_note(file)])
+        self.file, self.placed = file, not place_note(file)
 
     def mask_file(self, path: Path):
         return placed_mask(self.file, path, None if self.mask is None else NODATA)

@@ -46,7 +46,7 @@ def open_scene(path: str | Path, bands: tuple[int, ...] | None = None, as_stored
     with quiet(), opened(path) or contextlib.nullcontext() as picture:
         if as_stored and picture and picture.format not in ("TIFF", "JPEG2000") and not side_files(path, MASK_FILES):
             refuse_for_training(path, picture)
-            return plain_image(loaded(picture, path), path, bands, as_stored)
+            return plain_image(picture, path, bands, as_stored, loaded(picture, path))
         with gdal(f"{path} is damaged or cut off") as rasterio:
             return asked_scene(path, picture, rasterio, bands, as_stored)
 
@@ -65,19 +65,21 @@ def asked_scene(path: Path, picture: Image.Image | None, rasterio, bands: tuple[
         raise UserError(f"{path} {reason}, which needs rasterio: pip install rasterio shapely pyproj.")
     if picture and (not file or says_all(picture, file)):
         try:
-            loaded(picture, path)
+            notes = loaded(picture, path)
         except UserError:
             if not file or picture.format != "TIFF":  # of which Pillow lacks some compressions
                 raise
         else:
-            return plain_image(picture, path, bands, as_stored, file)
+            return plain_image(picture, path, bands, as_stored, notes, file)
     return RasterFile(file, path, bands)
 
 
-def plain_image(picture: Image.Image, path: Path, bands: tuple[int, ...] | None, as_stored: bool, file=None) -> PlainImage:
+def plain_image(
+    picture: Image.Image, path: Path, bands: tuple[int, ...] | None, as_stored: bool, notes: list[str], file=None
+) -> PlainImage:
     """The scene of a decoded picture. file: the same through rasterio, where it was asked."""
     placed = bool(file) and is_placed(file)
-    pixels, notes = pixels_of(picture, turn=not (as_stored or placed)), pages_note(file) if file else []
+    pixels, notes = pixels_of(picture, turn=not (as_stored or placed)), notes + (pages_note(file) if file else [])
     if placed:
         return PlacedPicture(pixels, file, bands, str(path))
     if picture.format == "TIFF" and pixels.ndim == 3 and not is_alpha(pixels[..., 3:], 255):
@@ -111,11 +113,9 @@ def as_scene(image: str | Path | Image.Image | np.ndarray) -> Scene:
     if isinstance(image, (str, Path)):
         return open_scene(image)
     if isinstance(image, Image.Image):
-        try:
-            with quiet():
-                return PlainImage(pixels_of(image))
-        except Exception:  # nearly anything
-            raise UserError("The PIL image can't be read: its file is damaged or cut off, get it again.") from None
+        with quiet():
+            loaded(image, "The PIL image")
+            return PlainImage(pixels_of(image))
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"An image is a path, a PIL image or a uint8 array (H, W, 3), not {found}.")

@@ -1,10 +1,13 @@
 """Files of others: every kind is read to its right pixels, alike in prediction, training and without rasterio, or refused."""
 
+import contextlib
 import io
+import os
 import resource
 import struct
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from PIL import Image, TiffImagePlugin
 from test_imagery import stretched
 
 from imagery.pixels import read_image
+from imagery.results import Job, write_files
 from imagery.scenes import as_scene, open_scene
 from runtime.errors import UserError
 
@@ -138,6 +142,8 @@ KINDS = {
     "thirteen bands": (lambda p: tiff(p / "s.tif", np.dstack([A] * 4 + [NIR])), A, None, 0, "of 13"),
     "a tiny range": (lambda p: tiff(p / "t.tif", (GREY * 1e-13).astype(np.float32)), deep(GREY), None, 1, ""),
     "a large offset": (lambda p: tiff(p / "o.tif", GREY + 1e9), deep(GREY), None, 1, ""),
+    "an outlier": (lambda p: tiff(p / "o.tif", np.where((x == 9) & (y == 9), 3.4e38, GREY).astype(np.float32)),
+        deep(GREY, (x != 9) | (y != 9)), (x != 9) | (y != 9), 1, ""),
     "a fill value that is not declared": (
         lambda p: tiff(p / "f.tif", FILLED_FLOAT), deep(GREY, ~EDGE), ~EDGE, 1, ""),
     **{f"compressed by {name}": (lambda p, name=name: tiff(p / "k.tif", A, compress=name, **NOWHERE), A, None, 0, "")
@@ -151,6 +157,29 @@ KINDS = {
     "pages": (lambda p: pil(p / "p.tif", A, save_all=True, append_images=[Image.fromarray(A[::-1])]), A, None, 0, "2 pages"),
     "TGA": (lambda p: pil(p / "a.tga", A), A, None, 0, ""),
 }  # fmt: skip
+
+PICTURES = {  # on which other decoders print
+    "JPEG with bytes before its end": lambda p: spoilt(pil(p / "n.jpg", A, quality=99, subsampling=0),
+        lambda data: data[:-2] + b"abc" + data[-2:]),
+    "PNG with a poor profile": lambda p: pil(p / "i.png", A, icc_profile=b"no profile"),
+    "TIFF with a tag beyond its end": lambda p: spoilt(pil(p / "t.tif", A, dpi=(9, 9)), tag_beyond),
+    "JPEG with a poor EXIF block": lambda p: pil(p / "e.jpg", A, quality=99, subsampling=0,
+        exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\xff\xff\x0f\0\0\0\0"),
+}  # fmt: skip
+KINDS |= {name: (make, A, None, 6, "") for name, make in PICTURES.items()}
+
+
+def spoilt(path, change):
+    path.write_bytes(change(path.read_bytes()))
+    return path
+
+
+def tag_beyond(data):
+    """The TIFF whose resolution lies beyond its end."""
+    start = struct.unpack("<I", data[4:8])[0]
+    for entry in range(start + 2, len(data) - 12, 12):
+        if data[entry : entry + 2] == struct.pack("<H", 282):
+            return data[: entry + 8] + struct.pack("<I", len(data) + 5000) + data[entry + 12 :]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,7 +246,7 @@ def test_a_place_goes_to_the_mask_and_none_is_invented(kind, tmp_path, monkeypat
         pyproj = pytest.importorskip("pyproj")
         crs = pyproj.CRS(32631).to_3d().to_wkt() if kind.startswith("3-D") else kind
         crs = rasterio.crs.CRS.from_user_input(crs)
-        tiff(path, A, crs=crs, transform=UTM["transform"] if "79" not in kind else (1e-5, 0, 5, 0, -1e-5, 50))
+        tiff(path, A, crs=crs, transform=UTM["transform"] if "79" not in kind else (1e-5, 0, 5, 0, -1e-5, 20))
     scene = open_scene(path)
     with scene.mask_file(tmp_path / "mask.tif") as file:
         file.write(0, np.zeros((96, 128), np.uint8))
@@ -308,5 +337,66 @@ def test_damaged_pil_objects_are_one_sentence(tmp_path):
                 image = Image.open(io.BytesIO(data[: len(data) * n // 24]))
             except Exception:  # it isn't even opened
                 continue
-            with pytest.raises(UserError, match="^The PIL image can't be read: .*cut off"):
+            with pytest.raises(UserError, match="^The PIL image is damaged or cut off"):
                 as_scene(image)
+
+
+def test_damage_that_libtiff_tells_is_a_note_or_the_error(tmp_path, capfd):
+    def damage(data):
+        return data[:60] + bytes(byte ^ 0x5A for byte in data[60:200]) + data[200:]
+
+    fax = spoilt(pil(tmp_path / "f.tif", GREY > 127, compression="group4"), damage)
+    with Image.open(fax) as picture:
+        assert picture.size == (128, 96)
+    assert open_scene(fax).notes == ["A part of the file may be damaged."] and read_image(fax).shape == A.shape
+    for path in (tmp_path / "l.tif", tmp_path / "m.tif"):
+        spoilt(pil(path, A, compression="tiff_lzw"), damage)
+        with pytest.raises(ValueError, match="damaged or cut off"):
+            read_image(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_pixels_that_are_not_square_on_the_ground_are_noted(tmp_path):
+    for latitude, noted in ((0, False), (45, False), (60, True)):
+        scene = open_scene(tiff(tmp_path / "a.tif", A, crs="EPSG:4326", transform=(1e-4, 0, 10, 0, -1e-4, latitude)))
+        assert ["Pixels are 2 times as high" in note for note in scene.notes] == [True] * noted
+
+
+def test_an_image_of_which_half_has_no_data_is_noted(tmp_path):
+    paths = {"mask": tmp_path / "mask.png", "overlay": tmp_path / "overlay.png"}
+    for alpha, noted in ((OPAQUE, ["50 % of the image has no data."]), (OPAQUE | (x > 50), [])):
+        scene = as_scene(Image.fromarray(np.dstack([A, alpha.astype(np.uint8)])))
+        assert write_files(paths, Job(Path("a.png"), "all", 1), scene, [(0, np.ones((96, 128)))])[1] == noted
+
+
+@pytest.mark.slow
+def test_a_folder_of_any_images():
+    """Each file below the folder FILES_OF_OTHERS is a mask of the size that Pillow or rasterio says, or one sentence."""
+    rasterio = pytest.importorskip("rasterio")
+    folder = os.environ.get("FILES_OF_OTHERS") or pytest.skip("FILES_OF_OTHERS names no folder of images")
+    faults = []
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        try:
+            scene = open_scene(path)
+            rows = [scene.valid(top, 1) for top in (0, scene.height - 1)]
+            assert scene.read_all().shape == (scene.height, scene.width, 3)
+            assert all(row is None or row.shape == (1, scene.width) for row in rows)
+        except UserError as error:
+            assert str(error).count("\n") == 0 and str(path) in str(error)
+            continue
+        except Exception as error:
+            faults.append(f"{path}: {type(error).__name__}: {error}")
+            continue
+        sizes = []
+        with contextlib.suppress(Exception), Image.open(path) as picture:
+            sizes += [picture.size, picture.size[::-1]]  # turned by its EXIF orientation
+        with contextlib.suppress(Exception), rasterio.open(path) as file:
+            sizes.append((file.width, file.height))
+        if (scene.width, scene.height) not in sizes:
+            faults.append(f"{path}: {scene.width} x {scene.height}, not {sizes}")
+        try:
+            if not np.array_equal(read_image(path), open_scene(path, as_stored=True).read_all()):
+                faults.append(f"{path}: training reads other pixels")
+        except ValueError as error:
+            assert "\n" not in str(error)
+    assert not faults, "\n".join(faults)

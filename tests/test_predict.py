@@ -147,6 +147,9 @@ def test_jobs_of_folders_lists_and_images(tmp_path):
     table.write_text(" Phrase;IMAGE\nthe ship, left;sub\\a.jpg\n;\n")  # as spreadsheets and Windows write it
     assert find_jobs([table], []) == [(tmp_path / "sub/a.jpg", "the ship, left", 1, "")]
     empty.mkdir()
+    (tiles := tmp_path / "IMG_DATA").mkdir()
+    (tiles / "B04.jp2").touch()
+    assert [job.image for job in find_jobs([tiles], ["x"])] == [tiles / "B04.jp2"]
     for text, paths, phrases, sentence in (
         ("", [empty], ["x"], "no image"), ("", [tmp_path / "none"], ["x"], "no image"), ("", [table], ["x"], "of its own"),
         ("", [b], [], "--phrase"), ("", [b, table], [], "--phrase"), ("", [table], [], "lacks image, phrase"),
@@ -191,7 +194,7 @@ def test_a_batch_goes_on_and_lists_its_failures(run, picture, monkeypatch):
     bad = [("zero.png", "x", "0 bytes"), ("plane.png", "", "phrase is empty"), ("text.jpg", "x", "can't be read"),
            ("gone.png", "x", "no image"), ("film.gif", "x", "2 frames"), ("film.gif", "y", "could not be opened"),
            ("plane.png", "x" * 20_000, "20,000 characters"), ("block.png", "x", "damaged block"), ("block.png", "y", "damaged"),
-           ("plane.png", "full", "No space left")]  # fmt: skip
+           ("plane.png", "full", "No space left"), ("plane.png", "odd", "KeyError: 'what nobody foresaw'")]  # fmt: skip
     rows = [row[:2] for pair in itertools.zip_longest(good, bad) for row in pair if row]
     with open(folder / "list.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("image", "phrase"), *rows])
@@ -199,10 +202,11 @@ def test_a_batch_goes_on_and_lists_its_failures(run, picture, monkeypatch):
     def fail(error):
         raise error
 
-    damaged, full = UserError("block.png: damaged block."), OSError(28, "No space left on device", "overlay.png")
+    damaged = UserError("block.png: damaged block.")
+    faults = {"full": OSError(28, "No space left on device", "overlay.png"), "odd": KeyError("what nobody foresaw")}
     read_all, overlay = plain.Scene.read_all, results.overlay
     monkeypatch.setattr(plain.Scene, "read_all", lambda scene: fail(damaged) if scene.height == 7 else read_all(scene))
-    monkeypatch.setattr(results, "overlay", lambda *args: fail(full) if args[2] == "full" else overlay(*args))
+    monkeypatch.setattr(results, "overlay", lambda *args: fail(faults[args[2]]) if args[2] in faults else overlay(*args))
     monkeypatch.chdir(folder)
     out, err = run("--image", "list.csv", "--out", "results", "--batch", 3, code=1)
     done = lines(folder / "results")
@@ -210,7 +214,7 @@ def test_a_batch_goes_on_and_lists_its_failures(run, picture, monkeypatch):
     assert all(Image.open(folder / "results" / line["mask"]).size == (line["width"], line["height"]) for line in done)
     written = [name for line in done for name in (line["mask"], line["overlay"])]
     assert sorted(path.name for path in (folder / "results").iterdir()) == sorted([*written, "results.jsonl"])
-    assert "10 of 17 failed" in err
+    assert "11 of 18 failed" in err
     for name, phrase, reason in bad:
         assert re.search(f'{name}, "{phrase[:60]}": .*{reason}', err), (name, reason)
     ((note,),) = [line["notes"] for line in done if "notes" in line]
