@@ -7,7 +7,7 @@
     python train.py --data DIR --init best.pt       fine-tune a checkpoint, of this program or the published one
 
 A run's folder holds best.pt (averaged weights, the best validation mIoU + oIoU), last.pt (all that --resume needs),
-log.jsonl (a line an epoch) and panels.png; ./best.pt is a link to the newest run's best. A run may be killed at any
+log.jsonl (the recipe, a line an epoch) and panels.png; ./best.pt is a link to the newest run's best. A run may be killed at any
 moment. SIGTERM and Ctrl-C finish the step, save, print the command that goes on and exit with 143 and 130.
 """
 

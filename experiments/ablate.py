@@ -39,6 +39,7 @@ from runtime.errors import UserError, exit_on_user_error
 from runtime.processes import launched
 from runtime.run_folder import RunFolder, write_whole
 from synthetic_scenes.scenes import ensure_scenes
+from weights.provenance import weights_line
 
 # name -> (what the table calls it, the parts left out). BHFM is both fusions of the text: in the image encoder and before
 # the decoder. Without either, and without the mask prompt, the phrase reaches SAM 2 through the sparse tokens alone.
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
 def scored(path: Path, data: str | None = None, split: str | None = None, **options) -> dict:
     """Scores of a checkpoint, of an ablation or not, on the split asked for; None: test, or val where there is no test."""
     model, checkpoint = load(path, pick_device())
+    print(weights_line(path, checkpoint))
     data, dataset = open_for(model, checkpoint, argparse.Namespace(ckpt=path, data=data, split=split), **options)
     facts = {k: checkpoint[k] for k in ("model_name", "revision", "epoch", "left_out") if k in checkpoint}
     facts |= {"ckpt": str(path), "data": str(data), "split": dataset.split, "parameters": count_parameters(model)["total"]}

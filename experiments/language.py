@@ -32,6 +32,7 @@ from runtime.devices import autocast, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
 from synthetic_scenes.objects import CATEGORIES, COLOURS, Object
 from synthetic_scenes.scenes import make_scenes, scene
+from weights.provenance import weights_line
 
 POSITION_OF = {words: position for position, wordings in POSITION_WORDS.items() for words in wordings}
 NAMES = "|".join(name for _, name, *_ in CATEGORIES.values())
@@ -291,6 +292,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     model, checkpoint = load(args.ckpt, pick_device())
+    print(weights_line(args.ckpt, checkpoint))
     sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
     if args.data:
         dataset = open_dataset(args.data, args.split, **sizes)

@@ -23,6 +23,7 @@ from experiments.stand_ins import load
 from fusion import BidirectionalAdapter, Bottleneck, CrossAttention, DecoderFusion, TextToVisionAdapter
 from runtime.devices import default_workers, pick_device
 from runtime.errors import exit_on_user_error
+from weights.provenance import weights_line
 
 # Hooks on an attention or an MLP's adapter: what it returns, (..., D), changed.
 
@@ -173,6 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     model, checkpoint = load(args.ckpt, pick_device())
     data, dataset = open_for(model, checkpoint, args)
+    print(weights_line(args.ckpt, checkpoint))
     print(f"{args.ckpt} on {data}, split {dataset.split}, {len(dataset)} phrases, per cent:\n")
     print(measure(model, dataset, default_workers()))
 

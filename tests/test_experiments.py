@@ -195,7 +195,7 @@ def test_ablate_trains_scores_and_goes_on_where_it_was(call, capsys, monkeypatch
     assert table.splitlines()[-1] in printed  # the same scores again
     ablate.main(["--score", "abl/sam2-0/best.pt"])
     assert f"without {LEFT_OUT} on " in (printed := capsys.readouterr().out)
-    assert float(rows[0][4]) == pytest.approx(float(printed.splitlines()[2].split()[-3]), abs=0.06)
+    assert float(rows[0][4]) == pytest.approx(float(printed.splitlines()[3].split()[-3]), abs=0.06)
     assert "holds runs with epochs 1, this asks for 2: choose another --out" in call("--samples", 40, *train_flags)[1]
     monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(RECIPES["tiny"], lr=0.1))
     assert "holds runs with recipe.lr 0.0014, this asks for 0.1: " in call(*flags)[1]

@@ -58,11 +58,16 @@ def test_a_run_s_folder(tmp_path):
 
 def test_the_link_never_replaces_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    folders = []
     for number in ("1", "2"):
         folder = run_folder.RunFolder(Path("runs") / number)
         folder.make()
         folder.save_best({"run": number})
         assert Path("best.pt").is_symlink() and Path("best.pt").resolve() == folder.best.resolve()
+        folders.append(folder)
+    assert capsys.readouterr().out == "best.pt links to runs/2/best.pt from now on, not to runs/1/best.pt\n"
+    folders[0].save_best({"run": "1", "epoch": 2})  # an older run that goes on leaves the newest the link
+    assert Path("best.pt").resolve() == folder.best.resolve() and not capsys.readouterr().out
     Path("best.pt").unlink()
     Path("best.pt").write_text("mine")
     run_folder.link_best(folder.best)
