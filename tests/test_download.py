@@ -332,6 +332,7 @@ def test_a_predictor_is_saved_handed_on_and_loaded_by_name(hub, published, spm, 
     card = ModelCard.load("mine/README.md")
     assert card.data.pipeline_tag == "image-segmentation" and "remote-sensing" in card.data.tags
     assert "trained on RRSIS-D" in card.text and "mIoU 61.23, oIoU 70.50" in card.text and "CC BY-NC 4.0" in card.text
+    assert "run runs/x, trained on data/RRSIS-D, epoch 4" in card.text and "fine-tuned from old.pt (tiny, " in card.text
     json.loads(Path("mine/config.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     hub.repositories["me/mine"] = {}
     HfApi(token="hf_x").upload_folder(repo_id="me/mine", folder_path="mine")
@@ -352,3 +353,9 @@ def test_a_predictor_is_saved_handed_on_and_loaded_by_name(hub, published, spm, 
     RS2SAM2Predictor(model).save_pretrained("bare")
     assert "data that are not stated" in Path("bare/README.md").read_text()
     assert load_checkpoint("bare")[0].preset == model.preset
+    for config, expected in (
+        ({"preset": {}}, "bare is neither .*no data, no model_name, no revision"),
+        ({"preset": 1, "data": "", "model_name": "x", "revision": "abc"}, "holds no preset.: use the revision abc"),
+    ):
+        Path("bare/config.json").write_text(json.dumps(config))
+        assert_refused("bare", expected)

@@ -106,13 +106,13 @@ def _read(path: Path) -> dict:
         path = path.parent
     if path.is_dir() and (path / "best.pt").is_file():
         path = path / "best.pt"
-    if path.is_dir():
-        return _renewed(read_saved(path), path) if is_saved(path) else _published(path, published_files(path))
+    if path.is_dir() and not is_saved(path):
+        return _published(path, published_files(path))
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path} is a link to {path.readlink()}, which is not there: name another, or remove the link")
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or name another")
-    checkpoint = read_file(path)
+    checkpoint = read_saved(path) if path.is_dir() else read_file(path)
     names = {str(name) for name in checkpoint} if isinstance(checkpoint, dict) else set()
     if is_published(names):
         return _published(path.parent, [path])

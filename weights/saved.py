@@ -12,7 +12,7 @@ from annotations.download import licence_of
 from runtime.errors import UserError
 from runtime.run_folder import write_whole
 from weights.files import read_file
-from weights.provenance import provenance
+from weights.provenance import in_words, provenance
 
 # Entries of a checkpoint that stay behind: tensors, which have files of their own, what only resuming reads, and paths.
 LEFT_BEHIND = (
@@ -34,7 +34,7 @@ mask, score, logits = predictor.predict("image.jpg", "the ship on the left")
 ```
 
 - Data: {trained_on}; licence of the data: {licence}
-- Epoch: {epoch}; revision of the code: {revision}
+- Origin: {origin}; revision of the code: {revision}
 - Scores: {scores}
 
 The network and its recipe stand in config.json. State a licence of these weights that the data's and the foundation weights'
@@ -78,7 +78,7 @@ def model_card(facts: dict) -> str:
     trained_on = Path(facts["data"]).name if facts["data"] else "data that are not stated"
     return CARD.format(
         data=data.to_yaml(), model_name=facts["model_name"], trained_on=trained_on, licence=licence_of(facts["data"]),
-        epoch=facts["epoch"], revision=facts["revision"] or "not stated",
+        origin=in_words(provenance(facts)), revision=facts["revision"] or "not stated",
         scores=", ".join(f"{key} {value:.2f}" for key, value in scores.items()) + " on validation" if scores else "not stated",
     )  # fmt: skip
 
