@@ -106,16 +106,21 @@ def descriptions(me: Instance, others: list[Instance]) -> dict[str, list[tuple]]
     return found
 
 
+def is_related(o: Instance, anchor: Instance, direction: int | None) -> bool | None:
+    """Whether o lies towards the direction from the anchor, or, for None, next to it."""
+    if o.crowd or (direction is not None and not gap(o, anchor)):
+        return None
+    return is_near(o, anchor) if direction is None else is_towards(o, anchor, direction)
+
+
 def relations(me: Instance, others: list[Instance], anchors: list[tuple[Instance, dict]]) -> list[tuple]:
     """All ("", "", direction, anchor) that pick out `me`: towards one of DIRECTIONS of an anchor, or None: next to it."""
     found = []
     for anchor, named in anchors:
-        if anchor is me:
-            continue
-        ways = [(d, lambda o, d=d: is_towards(o, anchor, d) if gap(o, anchor) else None) for d in DIRECTIONS]
         rest = [o for o in others if o is not anchor]
-        ways.append((None, lambda o: is_near(o, anchor)))
-        found += [("", "", d, (anchor, named)) for d, true in ways if picks_out(partial(holds, true), me, rest)]
+        for direction in (*DIRECTIONS, None) if anchor is not me else ():
+            if picks_out(partial(is_related, anchor=anchor, direction=direction), me, rest):
+                found.append(("", "", direction, (anchor, named)))
     return found
 
 

@@ -66,8 +66,9 @@ def made(folder, *options) -> list[dict]:
 WORDS = {  # words -> (x, y) tests of a centroid in 0..1
     "left": lambda x, y: x < 0.445, "right": lambda x, y: x > 0.555, "top": lambda x, y: y < 0.445,
     "bottom": lambda x, y: y > 0.555, "upper": lambda x, y: y < 0.445, "lower": lambda x, y: y > 0.555,
-    "middle": lambda x, y: max(abs(x - 0.5), abs(y - 0.5)) < 0.17, "center": lambda x, y: max(abs(x - 0.5), abs(y - 0.5)) < 0.17,
+    "middle": lambda x, y: max(abs(x - 0.5), abs(y - 0.5)) < 0.17,
 }  # fmt: skip
+WORDS["center"] = WORDS["middle"]
 TOWARDS = {"right": (1, 0), "left": (-1, 0), "below": (0, 1), "above": (0, -1), "lower right": (1, 1), "lower left": (-1, 1),
            "upper right": (1, -1), "upper left": (-1, -1)}  # fmt: skip
 NAMES = {"boat": "ship", "vessel": "ship", "tank": "storage tank"}
