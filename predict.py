@@ -46,7 +46,7 @@ from runtime.arguments import at_least
 from runtime.devices import compute_dtype
 from runtime.errors import UserError, exit_on_user_error
 from weights.checkpoints import load_checkpoint, model_entries
-from weights.provenance import provenance, weights_line
+from weights.provenance import origin_note, provenance, unknown_words_note, weights_line
 from weights.saved import save_folder
 
 OneImage = str | Path | Image.Image | np.ndarray
@@ -118,8 +118,8 @@ class RS2SAM2Predictor:
             raise UserError(f"batch {batch} and tile {tile}: they must be 1 or more.")
         single = not isinstance(image, (list, tuple)) and not isinstance(phrase, (list, tuple))
         images, phrases = as_pairs(image, phrase)
-        for note in filter(None, map(self.cut_note, phrases)):
-            warnings.warn(note, stacklevel=2)
+        for note in dict.fromkeys(note for phrase in phrases for note in self.notes(phrase)):
+            warnings.warn(note, stacklevel=2)  # which Python shows once
         results = []
         for some in batches(zip(images, phrases), batch):
             scenes = [as_scene(image) for image, _ in some]
@@ -142,11 +142,12 @@ class RS2SAM2Predictor:
         model.train(training)
         return output.logits.float().cpu()
 
-    def cut_note(self, phrase: str) -> str:
-        """A sentence where the phrase is longer than the model reads, else ''."""
+    def notes(self, phrase: str) -> list[str]:
+        """What there is to doubt in an answer: weights that know no real image, words they never met, a phrase cut off."""
         tokenizer = self.model.union_encoder.tokenizer
         length, most = tokenizer.length(phrase), tokenizer.context
-        return f"The phrase has {length:,} tokens, the model reads the first {most} of them." if length > most else ""
+        cut = f"The phrase has {length:,} tokens, the model reads the first {most} of them." if length > most else ""
+        return [note for note in (cut, unknown_words_note(self.facts, phrase), origin_note(self.facts)) if note]
 
 
 def as_pairs(image, phrase) -> tuple[list, list[str]]:
@@ -205,6 +206,7 @@ class PredictionRun:
         self.predictor, self.args, self.jobs = predictor, args, jobs
         self.folder = ResultFolder(args.out, [job.image for job in jobs], args.overwrite)
         self.failures: list[tuple[Job, str]] = []
+        self.told: set[str] = set()  # notes are printed once; results.jsonl has them with every result
 
     def run(self) -> list[tuple[Job, str]]:
         """Predict and write all -> what has failed: (job, reason)."""
@@ -244,7 +246,7 @@ class PredictionRun:
                 self.predict([one])
             return
         for job, scene, strips in zip(jobs, scenes, rows):
-            notes = [note] if (note := self.predictor.cut_note(job.phrase)) else []
+            notes = self.predictor.notes(job.phrase)
             settings = {"tile": args.tile or TILE, "tiling": args.tiling} if is_large(scene, args.tile) else {}
             settings["weights"] = provenance(self.predictor.facts)
             try:
@@ -253,7 +255,9 @@ class PredictionRun:
                 self.fail(job, error)
                 continue
             self.bar.update()
-            tqdm.write(readable(line, args.out / line["mask"]))
+            fresh = [note for note in line.get("notes", []) if note not in self.told]
+            self.told.update(fresh)
+            tqdm.write(readable(line | {"notes": fresh}, args.out / line["mask"]))
 
     def fail(self, job: Job, error: Exception) -> None:
         reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)

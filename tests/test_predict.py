@@ -121,7 +121,25 @@ def test_what_is_wrong_is_said_in_one_sentence(predictor, picture):
             predictor.predict(picture, "a", **options)
     with pytest.warns(UserWarning, match="first 77"):
         predictor.predict(picture, ("a ship " * 900)[:5000])
-    assert not predictor.cut_note("ship " * 75) and "78 tokens" in predictor.cut_note("ship " * 76)
+    assert not predictor.notes("ship " * 75) and "78 tokens" in predictor.notes("ship " * 76)[0]
+
+
+def test_what_weights_were_not_taught_is_said(ckpt, predictor, picture, tmp_path, run):
+    state = torch.load(ckpt, weights_only=True)
+    state["taught"] = {"data": "scenes", "generated": True, "words": ["a", "red", "ship"]}
+    torch.save(state, taught := tmp_path / "taught.pt")
+    origin, unknown = "no real image", "Training never said 'asdf', 'qwer'"
+    phrases = ("--phrase", "a red ship", "--phrase", "Asdf qwer")
+    out, _ = run("--ckpt", taught, "--image", picture, *phrases, "--out", tmp_path / "o")
+    assert (out.count(origin), out.count(unknown)) == (1, 1)
+    notes = [" ".join(line["notes"]) for line in lines(tmp_path / "o")]
+    assert [origin in n for n in notes] == [True, True] and [unknown in n for n in notes] == [False, True]
+    with pytest.warns(UserWarning, match=unknown):
+        RS2SAM2Predictor.from_pretrained(taught).predict(picture, "asdf qwer")
+    real = predictor.facts | {"taught": state["taught"] | {"generated": False}}
+    assert not RS2SAM2Predictor(predictor.model, facts=real).notes("A red ship")
+    trained_words = real | {"preset": real["preset"] | {"encoder_name": "ViT-B-16"}}  # knows more than its training set's
+    assert not RS2SAM2Predictor(predictor.model, facts=trained_words).notes("asdf")
 
 
 def test_large_images_are_tiled(picture, predictor, monkeypatch):

@@ -60,6 +60,23 @@ def taught(dataset) -> dict:
     return {"data": dataset.name, "generated": generated, "words": sorted(vocabulary)}
 
 
+def origin_note(facts: dict) -> str:
+    """A sentence where a checkpoint has seen no real image, else ''."""
+    generated = (facts.get("taught") or {}).get("generated")
+    return "These weights were trained on generated scenes alone: they know no real image." if generated else ""
+
+
+def unknown_words_note(facts: dict, phrase: str) -> str:
+    """A sentence where a phrase has words that training never said and whose vectors mean nothing therefore, else ''.
+
+    facts: the entries of a checkpoint. An encoder that was pretrained knows more words than its training set's."""
+    lesson, encoder = facts.get("taught"), (facts.get("preset") or {}).get("encoder_name")
+    if not lesson or not isinstance(encoder, dict):
+        return ""
+    unknown = [word for word in dict.fromkeys(words(phrase)) if word not in set(lesson["words"])]
+    return f"Training never said {', '.join(map(repr, unknown))}: the model can't know what is meant." if unknown else ""
+
+
 def words(phrase: str) -> list[str]:
     """The words of a phrase in lower case, in their order: letters and digits, with hyphens and apostrophes inside."""
     return re.findall(r"\w+(?:[-'’]\w+)*", phrase.lower())
