@@ -208,8 +208,8 @@ def train(run: Run, stop: StopSignal) -> None:
             line = train_epoch(run, stop)
             run.save({})  # validation may take long, and an interruption need not wait for its end
             stop.number = max(gather(stop.number))
-        scores = validate(run)
         run.epoch += 1
+        scores = validate(run)
         so_far = {"epoch": run.epoch, "samples": run.samples, "seconds": time.time() - run.began, "lr": run.groups()[0]["lr"]}
         run.log.append(so_far | line | {"val": scores})
         run.running = {}

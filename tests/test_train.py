@@ -296,6 +296,8 @@ def test_a_checkpoint_means_the_same_whatever_becomes_of_presets_py(undisturbed,
         assert checkpoint["preset"] == asdict(preset) and checkpoint["recipe"] == asdict(recipe)
         json.dumps({k: v for k, v in checkpoint.items() if k not in ("model", "tokenizer", "average", "optimizers")})
         assert set(checkpoint["preset"]) == {f.name for f in fields(Preset)} and checkpoint["left_out"] == []
+    scored = max(log_of(undisturbed)[1:], key=lambda line: line["val"]["mIoU"] + line["val"]["oIoU"])
+    assert best["epoch"] == scored["epoch"] and best["metrics"] == scored["val"]
     assert best["run"] == "run" and best["init"] is None and best["taught"] == taught(open_dataset(best["data"], "train"))
     assert best["taught"]["generated"] and "the" in best["taught"]["words"]
     assert best.keys() < last.keys() and {"model_name", "data", "metrics", "epoch", "revision", "torch"} < best.keys()
