@@ -29,7 +29,7 @@ from runtime.errors import UserError
 MAX_PLAIN = 2**27  # pixels of an image that is decoded whole: 400 MB of RGB
 MAX_PIXELS = 2**26  # of an image to train on, 8192 x 8192: one that claims more is taken for a decompression bomb
 MAX_SIDE = 65_535  # pixels: rows of the whole width are in memory
-MASK_FILES = (".aux.xml", ".msk")  # after the image's name: nodata, a mask and more
+MASK_FILES = (".aux.xml", ".msk", ".MSK")  # after the image's name: nodata, a mask and more
 GEO_TAGS = (33550, 33922, 34264, 34735, 50844)  # of TIFF: scale, tie points, matrix, coordinate system, RPCs
 BAND_NAMES_TAG, NODATA_TAG = 42112, 42113  # of TIFF, by GDAL
 
@@ -146,8 +146,9 @@ def beyond_pillow(picture: Image.Image, path: Path, as_stored: bool) -> str:
     if picture.format == "JPEG2000":
         return "is a JPEG 2000 file"
     letters = path.suffix[1:].lower() or "-"
-    world_files = [f".{ending}" for ending in (f"{letters[0]}{letters[-1]}w", f"{letters}w", "wld", "tab", "rpb")]
-    beside = side_files(path, MASK_FILES) or (not as_stored and side_files(path.with_suffix(""), [*world_files, "_rpc.txt"]))
+    places = [f".{letters[0]}{letters[-1]}w", f".{letters}w", ".wld", ".tab", ".rpb", "_rpc.txt"]
+    places = [] if as_stored else places + [ending.upper() for ending in places]
+    beside = side_files(path, MASK_FILES) + side_files(path.with_suffix(""), places)
     if beside:
         return f"has {beside[0]} beside it"
     if picture.format == "TIFF":
@@ -168,7 +169,6 @@ def beyond_pillow(picture: Image.Image, path: Path, as_stored: bool) -> str:
 
 
 def side_files(path: Path, endings: tuple[str, ...] | list[str]) -> list[str]:
-    """The names of the files beside the image that are named like it, with these endings in lower or upper case."""
+    """The names of the files beside the image that are named like it, with these endings."""
     name = os.fspath(path)
-    names = [f"{name}{spelled}" for ending in endings for spelled in (ending, ending.upper())]
-    return [os.path.basename(name) for name in names if os.path.exists(name)]
+    return [os.path.basename(name + ending) for ending in endings if os.path.exists(name + ending)]
