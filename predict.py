@@ -286,7 +286,8 @@ def parse_args() -> argparse.Namespace:
     add("--tile", type=at_least(int, 32), metavar="N", help="cut images over N pixels a side into tiles of N; "
         f"without it, those over {LARGE:,} into tiles of {TILE:,}")  # fmt: skip
     add("--tiling", choices=TILINGS, default="scene", help="what phrases are about: the whole scene or each tile")
-    add("--bands", type=band_numbers, metavar="R,G,B", help="bands to look at, from 1 (default: the first three)")
+    add("--bands", type=band_numbers, metavar="R,G,B", help="bands to look at, from 1 (default: those named red, "
+        "green and blue, else the first three)")  # fmt: skip
     add("--batch", type=at_least(int, 1), default=8, help="images or tiles at once (default: 8)")
     return parser.parse_args()
 
