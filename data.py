@@ -2,7 +2,6 @@
 
     python data.py --check RRSIS-D            what is in a data set and what is wrong with it, by name or by path
     python data.py --download RefSegRS        fetch a data set by name, then check it
-    python data.py --download RefSegRS        fetch a data set by name, then check it
 
 annotations/ reads which samples a data set has and their masks, imagery/ decodes and resizes. Whatever is broken raises
 UserError: one sentence with the sample's name.
@@ -16,16 +15,32 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from annotations.download import SOURCES, download
+from annotations.layouts import NAMES, Sample, is_test, missing_files, read_samples
+from runtime.arguments import answer_early, at_least
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Check a data set: decode it, name what is wrong, draw a contact sheet.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", metavar="DATA", help=f"a folder, or one of {', '.join(NAMES)}")
+    what.add_argument("--download", metavar="NAME", help=f"fetch a data set into ./data and check it: {', '.join(SOURCES)}")
+    parser.add_argument("--sheet", default="data-check.png", help="contact sheet, a PNG; a new name is taken if it exists")
+    parser.add_argument("--sample", type=at_least(int, 1), metavar="N", help="decode the files of N samples only")
+    parser.add_argument("--strict", action="store_true", help="exit with code 1 for notes too, not for faults alone")
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(command_line())
+
 import cv2
 import numpy as np
 import torch
 
 from annotations.check import check
-from annotations.download import SOURCES, download
-from annotations.layouts import NAMES, Sample, is_test, missing_files, read_samples
 from annotations.masks import load_mask
 from imagery.pixels import read_image, resize_image, resize_mask
-from runtime.arguments import at_least
 from runtime.errors import UserError, exit_on_user_error
 
 
@@ -226,14 +241,7 @@ class Collate:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check a data set: decode it, name what is wrong, draw a contact sheet.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--check", metavar="DATA", help=f"a folder, or one of {', '.join(NAMES)}")
-    what.add_argument("--download", metavar="NAME", help=f"fetch a data set into ./data and check it: {', '.join(SOURCES)}")
-    parser.add_argument("--sheet", default="data-check.png", help="contact sheet, a PNG; a new name is taken if it exists")
-    parser.add_argument("--sample", type=at_least(int, 1), metavar="N", help="decode the files of N samples only")
-    parser.add_argument("--strict", action="store_true", help="exit with code 1 for notes too, not for faults alone")
-    args = parser.parse_args()
+    args = command_line().parse_args()
     with exit_on_user_error("data.py"):
         if args.download:
             args.check = download(args.download)

@@ -21,13 +21,39 @@ import contextlib
 import json
 from pathlib import Path
 
+from runtime.arguments import answer_early
+
+PROTOCOLS = ("ours", "paper")
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group()
+    # fmt: off
+    source.add_argument("--ckpt", type=Path, default="best.pt", help="a checkpoint of train.py (default: best.pt)")
+    source.add_argument("--from", dest="masks", type=Path, metavar="FILE",
+        help="score the predictions in this file, as --predictions writes it, whoever made them")
+    add("--data", help="data set by name or path (default: the one the checkpoint was trained on)")
+    add("--split", help="train, val or test (default: test, or val where there is none)")
+    add("--protocol", choices=PROTOCOLS, help="how to score, see above (default: ours; with --from both)")
+    add("--json", type=Path, metavar="FILE", help="write scores and one row a sample here")
+    add("--predictions", type=Path, metavar="FILE", help="write the predicted masks here, as COCO results")
+    add("--panels", type=int, default=0, metavar="N", help="write pictures of N best, median and worst cases")
+    add("--ids", nargs="+", default=[], metavar="ID", help="write pictures of these samples instead (ids as in --json)")
+    add("--skip-missing", action="store_true", help="leave out samples whose files are missing")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(command_line())
+
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from annotations.masks import decode_rle
 from annotations.predictions import encode, read_predictions, to_json
@@ -35,16 +61,16 @@ from data import Collate, ReferringDataset, open_dataset
 from imagery.pictures import captioned, fitted, grid, lit, outlined
 from imagery.results import probabilities
 from model import count_parameters
-from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
+from runtime.devices import autocast, choose_threads, compute_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
 from runtime.processes import gather, process_group, rank, rank_0_first, world_size
+from runtime.progress import Progress
 from runtime.run_folder import free_path, write_whole
 from runtime.signals import ignore_signals
 from weights.checkpoints import load_checkpoint
 from weights.provenance import provenance, weights_line
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
-PROTOCOLS = ("ours", "paper")
 SIZES = {"small (below 1 %)": 0.01, "medium (1 to 10 %)": 0.1}  # shares of the image; what is above is large
 
 
@@ -159,7 +185,7 @@ def score(
     )  # fmt: skip
     rows, was_training = {}, model.training
     model.eval()
-    for indices, batch in zip(batches, tqdm(loader, title, leave=False, disable=rank() > 0 or None)):
+    for indices, batch in zip(batches, Progress(loader, title, leave=False, disable=rank() > 0)):
         batch = to_device(batch, device)
         images = model.normalise(batch["image"], batch["encoder_image"])
         with autocast(device) if protocol == "ours" else contextlib.nullcontext():
@@ -182,7 +208,7 @@ def score_predictions(found: list[dict], dataset: ReferringDataset, protocol: st
     scored at is resized to it (nearest)."""
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
     rows = []
-    for rle, item in zip(found, tqdm(loader, "scoring", leave=False, disable=None)):
+    for rle, item in zip(found, Progress(loader, "scoring", leave=False)):
         prediction, target = decode_rle(rle), item["mask"] if protocol == "ours" else item["target"]
         rows.append(scored_row(item, resized(prediction, target.shape) > 0, target, protocol))
     return rows
@@ -262,22 +288,8 @@ def print_results(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, source = parser.add_argument, parser.add_mutually_exclusive_group()
-    # fmt: off
-    source.add_argument("--ckpt", type=Path, default="best.pt", help="a checkpoint of train.py (default: best.pt)")
-    source.add_argument("--from", dest="masks", type=Path, metavar="FILE",
-        help="score the predictions in this file, as --predictions writes it, whoever made them")
-    add("--data", help="data set by name or path (default: the one the checkpoint was trained on)")
-    add("--split", help="train, val or test (default: test, or val where there is none)")
-    add("--protocol", choices=PROTOCOLS, help="how to score, see above (default: ours; with --from both)")
-    add("--json", type=Path, metavar="FILE", help="write scores and one row a sample here")
-    add("--predictions", type=Path, metavar="FILE", help="write the predicted masks here, as COCO results")
-    add("--panels", type=int, default=0, metavar="N", help="write pictures of N best, median and worst cases")
-    add("--ids", nargs="+", default=[], metavar="ID", help="write pictures of these samples instead (ids as in --json)")
-    add("--skip-missing", action="store_true", help="leave out samples whose files are missing")
-    # fmt: on
-    args = parser.parse_args()
+    args = command_line().parse_args()
+    choose_threads()
     with process_group(), exit_on_user_error("evaluate.py"):
         for path in filter(None, (args.json, args.predictions)):
             if path.exists() or not path.parent.is_dir():

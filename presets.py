@@ -129,6 +129,13 @@ RECIPES = dict.fromkeys(PRESETS, Recipe()) | {
 }  # fmt: skip
 
 
+def find_preset(name: str) -> Preset:
+    """The preset of a name; UserError where it is none."""
+    if name not in PRESETS:
+        raise UserError(f"--model {name} is no preset: it is one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 CHOICES = {"encoder": ("open_clip", "beit3"), "schedule": ("cosine", "constant"), "augment": (None, "paper", "ours")}
 
 

@@ -18,33 +18,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from timm.optim import Muon
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-from data import Collate, TrainingOrder, open_dataset
-from evaluate import best_median_worst, print_results, results_by_group, score, write_panels
-from losses import total_loss
-from model import RS2SAM2, compiled, count_parameters
-from presets import PRESETS, Preset, Recipe, learning_rate
-from runtime.arguments import at_least
-from runtime.averaging import AveragedWeights
-from runtime.devices import autocast, card_failures, compute_dtype, default_workers, pick_device, to_device
-from runtime.errors import UserError, exit_on_user_error
-from runtime.processes import gather, launch, launched, process_group, processes_for, rank, rank_0_first, world_size
-from runtime.run_folder import RunFolder, free_run, revision
-from runtime.signals import StopSignal, ignore_signals
-from synthetic_scenes.scenes import ensure_scenes
-from weights import checkpoints
-from weights.provenance import started_from, taught
-from weights.recipes import first_line, opening, resolve
-
-SAVE_EVERY = 600  # seconds between two last.pt within an epoch
+from runtime.arguments import answer_early, at_least, parse_again
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -52,7 +26,7 @@ def command_line() -> argparse.ArgumentParser:
     add = parser.add_argument
     # fmt: off
     add("--data", default="scenes", help="data set: scenes (generated, the default), RRSIS-D, RefSegRS, RISBench, or a path")
-    add("--model", choices=PRESETS, help="preset (default: tiny on generated scenes, large on real data)")
+    add("--model", metavar="PRESET", help="tiny, small, base, large or paper (default: tiny on generated scenes, else large)")
     add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE",
         help="change fields of the preset or its recipe (presets.py), as lr=1e-4, image_size=512 or losses.dice=0.5")
     add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>-<model>-<number>)")
@@ -81,6 +55,37 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+if __name__ == "__main__":
+    answer_early(command_line())
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.optim import Muon
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from data import Collate, TrainingOrder, open_dataset
+from evaluate import best_median_worst, print_results, results_by_group, score, write_panels
+from losses import total_loss
+from model import RS2SAM2, compiled
+from presets import Preset, Recipe, learning_rate
+from runtime.averaging import AveragedWeights
+from runtime.devices import autocast, card_failures, compute_dtype, default_workers, pick_device, to_device
+from runtime.errors import UserError, exit_on_user_error
+from runtime.processes import gather, launch, launched, process_group, processes_for, rank, rank_0_first, world_size
+from runtime.progress import Progress
+from runtime.run_folder import RunFolder, free_run, revision
+from runtime.signals import StopSignal, ignore_signals
+from synthetic_scenes.scenes import ensure_scenes
+from weights import checkpoints
+from weights.provenance import started_from, taught
+from weights.recipes import first_line, opening, resolve
+
+SAVE_EVERY = 600  # seconds between two last.pt within an epoch
+
+
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """-> (the command line, on --resume with the run's own flags; the checkpoint). `set` holds all that changes the recipe."""
     parser, checkpoint = command_line(), None
@@ -89,10 +94,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]
         checkpoint, last = checkpoints.read_run(args.resume)
         in_recipe = {"resume", "set", "epochs", "batch_size"}
         free = in_recipe | {"data", "skip_missing", "accumulate", "checkpoint_activations", "gpus", "workers"}
-        parser.set_defaults(**{k: v for k, v in checkpoint["args"].items() if k not in in_recipe})
-        before, args = parser.parse_args([]), parser.parse_args(arguments)
-        if fixed := [k for k, v in vars(args).items() if k not in free and v != getattr(before, k)]:
-            raise UserError(f"--{fixed[0].replace('_', '-')} can't be changed by --resume: leave it out, or start a new run")
+        before = {k: v for k, v in checkpoint["args"].items() if k not in in_recipe}
+        args = parse_again(parser, arguments, before, free, "--resume")
         args.out, args.resume = last.parent, last
     elif args.init:
         if given := [k for k in ("model", "from_scratch", "sam2", "encoder_weights") if getattr(args, k)]:
@@ -158,8 +161,7 @@ class Run:
         self.running, self.revision = {}, revision()  # running: sums over the epoch under way
         self.began = self.saved_at = time.time()
         self.workers, self.taught = default_workers() if args.workers is None else args.workers, taught(train_set)
-        shortest, longest = recipe.epoch_range
-        self.epoch_samples = int(max(shortest, min(longest, len(train_set))))
+        self.epoch_samples = int(np.clip(len(train_set), *recipe.epoch_range))
         self.epochs = -(-recipe.samples // self.epoch_samples) or recipe.epochs
 
     def groups(self) -> list[dict]:
@@ -195,9 +197,8 @@ class Run:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.average.load_state_dict(state["average"])
-        self.samples, self.epoch, self.best = state["samples"], state["epoch"], state["best"]
-        self.log, self.running, self.init = state["log"], state["running"], state.get("init")
-        self.began -= state.get("seconds", 0)
+        self.samples, self.epoch, self.best, self.init = state["samples"], state["epoch"], state["best"], state.get("init")
+        self.log, self.running, self.began = state["log"], state["running"], self.began - state.get("seconds", 0)
 
 
 def train(run: Run, stop: StopSignal) -> None:
@@ -229,8 +230,7 @@ def train_epoch(run: Run, stop: StopSignal) -> dict[str, float]:
     )  # fmt: skip
     total = run.running = run.running or {"steps": 0, "samples": 0, "seconds": 0.0, "waited": 0.0, "terms": {}}
     run.model.train()
-    title, hidden = f"epoch {run.epoch + 1}/{run.epochs}", rank() > 0 or None  # None: where there is no terminal
-    with tqdm(total=len(order) * batch_size, desc=title, unit="img", disable=hidden) as bar:
+    with Progress(None, f"epoch {run.epoch + 1}/{run.epochs}", len(order) * batch_size, unit="img", disable=rank() > 0) as bar:
         began = time.perf_counter()
         for batch in loader:
             arrived = time.perf_counter()
@@ -379,9 +379,8 @@ def main(arguments: list[str] | None = None, edit=None, left_out: tuple[str, ...
             run.folder.make()
         variant = args.model + (f" without {', '.join(left_out)}" if left_out else "")
         where = f"{world_size()} x {device.type}" if world_size() > 1 else device
-        counts = ", ".join(f"{n:,} {kind}" for kind, n in count_parameters(model).items())
         print(f"{variant} on {args.data} ({len(train_set):,} training targets, {len(val_set):,} validation phrases), {where}, "
-              f"run {args.out}\nparameters: {counts}\n{opening(args, checkpoint, (preset, recipe))}", flush=True)  # fmt: skip
+              f"run {args.out}\n{opening(args, model, checkpoint, (preset, recipe))}", flush=True)  # fmt: skip
         if args.resume:
             run.restore(checkpoint)
             run.log += [{"resumed at": run.samples, "set": args.set}] if args.set else []

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from annotations.layouts import Sample, is_test, missing_files, read_samples
 from annotations.masks import ShapeError, holds_zeros_and_ones, load_mask, survives_encoding
@@ -19,6 +18,7 @@ from imagery.pictures import captioned, fitted, grid, outlined
 from imagery.pixels import read_image
 from imagery.plain import quiet
 from runtime.errors import UserError
+from runtime.progress import Progress
 from runtime.run_folder import free_path, write_whole
 
 
@@ -106,7 +106,7 @@ def look_at_all(samples: list[Sample]) -> list[Look]:
         groups[sample.image].append(sample)
     # `quiet` around them all: what it sets belongs to the process, and one thread's end must not undo it for the others.
     with quiet(), ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        return list(tqdm(pool.imap(look_at, groups.values()), "images", len(groups), disable=None))
+        return list(Progress(pool.imap(look_at, groups.values()), "images", len(groups)))
 
 
 def look_at(samples: list[Sample]) -> Look:

@@ -20,9 +20,34 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from runtime.arguments import answer_early, at_least
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m annotations.phrases", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("instances", type=Path, metavar="INSTANCES.json", help="a file in COCO's format")
+    add("--images", type=Path, required=True, metavar="DIR", help="where its images lie")
+    add("--out", type=Path, required=True, metavar="DIR", help="the new data set's folder")
+    add("--tile", type=at_least(int, 32), metavar="N", help="cut the images into tiles of N x N pixels, after scaling")
+    add("--scale", type=at_least(float, 0.01), default=1.0, metavar="S", help="scale the images by S (default: 1)")
+    add("--min-share", type=at_least(float, 0), default=0.003, metavar="X",
+        help="objects that cover less of the image are not named (default: 0.003)")  # fmt: skip
+    add("--phrases", type=at_least(int, 1), default=4, metavar="N",
+        help="of a target of split train, at most; elsewhere one (default: 4)")  # fmt: skip
+    add("--absent", type=at_least(float, 0), default=0.0, metavar="SHARE",
+        help="share of the training images that get a phrase of something absent (default: 0)")  # fmt: skip
+    add("--seed", type=at_least(int, 0), default=0, help="of the phrases and drawn splits (default: 0)")
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(command_line())
+
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from annotations.instances import Instance, InstancesFile, Picture, scaled
 from annotations.predicates import (
@@ -43,8 +68,8 @@ from annotations.predicates import (
     picks_out,
 )
 from imagery.pixels import read_image
-from runtime.arguments import at_least
 from runtime.errors import UserError, exit_on_user_error
+from runtime.progress import Progress
 
 # Kind of phrase -> its weight when one is drawn for a target among the kinds that are true of it.
 KINDS = {"category": 0.15, "position": 0.25, "size": 0.15, "size+position": 0.15, "superlative": 0.15, "relation": 0.25}
@@ -255,7 +280,7 @@ def make(args: argparse.Namespace, part: Path) -> None:
     with open(part / "phrases.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["image", "mask", "phrase", "split", "category", "kind"])
         writer.writeheader()
-        for picture in tqdm(source.pictures(args.tile, args.scale), "phrases", unit=" images", disable=None):
+        for picture in Progress(source.pictures(args.tile, args.scale), "phrases", unit=" images"):
             stem = Path(picture.name).with_suffix("").as_posix().replace("/", "-")
             stem += "" if picture.tile is None else "-{}-{}".format(*picture.tile)
             image = stem + (Path(picture.name).suffix if picture.tile is None and args.scale == 1 else ".png")
@@ -275,23 +300,7 @@ def make(args: argparse.Namespace, part: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m annotations.phrases", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("instances", type=Path, metavar="INSTANCES.json", help="a file in COCO's format")
-    add("--images", type=Path, required=True, metavar="DIR", help="where its images lie")
-    add("--out", type=Path, required=True, metavar="DIR", help="the new data set's folder")
-    add("--tile", type=at_least(int, 32), metavar="N", help="cut the images into tiles of N x N pixels, after scaling")
-    add("--scale", type=at_least(float, 0.01), default=1.0, metavar="S", help="scale the images by S (default: 1)")
-    add("--min-share", type=at_least(float, 0), default=0.003, metavar="X",
-        help="objects that cover less of the image are not named (default: 0.003)")  # fmt: skip
-    add("--phrases", type=at_least(int, 1), default=4, metavar="N",
-        help="of a target of split train, at most; elsewhere one (default: 4)")  # fmt: skip
-    add("--absent", type=at_least(float, 0), default=0.0, metavar="SHARE",
-        help="share of the training images that get a phrase of something absent (default: 0)")  # fmt: skip
-    add("--seed", type=at_least(int, 0), default=0, help="of the phrases and drawn splits (default: 0)")
-    args = parser.parse_args(arguments)
+    args = command_line().parse_args(arguments)
     if args.out.exists():
         raise UserError(f"{args.out} exists already: remove it or choose another --out")
     args.out.parent.mkdir(parents=True, exist_ok=True)

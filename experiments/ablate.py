@@ -24,22 +24,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
-import train
-from annotations.layouts import read_samples
-from evaluate import open_for, print_results, results_by_group, score
-from experiments.stand_ins import CHOICES, check_parts, leave_out, load, losses_without
-from model import count_parameters
-from presets import PRESETS, RECIPES, with_settings
-from runtime.arguments import at_least
-from runtime.devices import default_workers, pick_device
-from runtime.errors import UserError, exit_on_user_error
-from runtime.processes import launched
-from runtime.run_folder import RunFolder, write_whole
-from synthetic_scenes.scenes import ensure_scenes
-from weights.provenance import weights_line
+from experiments.parts import CHOICES
+from runtime.arguments import answer_early, at_least
 
 # name -> (what the table calls it, the parts left out). BHFM is both fusions of the text: in the image encoder and before
 # the decoder. Without either, and without the mask prompt, the phrase reaches SAM 2 through the sparse tokens alone.
@@ -57,6 +43,54 @@ VARIANTS = {
     "no-pseudo": ("all but the pseudo-mask's own loss", "pseudo"),
     "no-dice": ("all but the Dice loss", "dice"),
 }
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="parts: " + "; ".join(f"{name} ({what})" for name, what in CHOICES.items()),
+    )  # fmt: skip
+    add = parser.add_argument
+    # fmt: off
+    add("--out", type=Path, default=Path("runs/ablation"), metavar="DIR", help="folder of the runs (default: runs/ablation)")
+    add("--data", help="data set of train.py, by name or path (default: scenes; with --score, the checkpoint's)")
+    add("--model", default="tiny", metavar="PRESET", help="of presets.py (default: tiny)")
+    add("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help=f"of {', '.join(VARIANTS)} (default: all)")
+    add("--seeds", nargs="+", type=at_least(int, 0), default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    add("--samples", type=at_least(int, 1), default=20_000, help="budget of a run, rounded up to whole epochs (default: 20000)")
+    add("--jobs", type=at_least(int, 1), default=1, metavar="N", help="runs at a time, which share the cores (default: 1)")
+    add("--only", nargs=2, metavar=("NAME", "SEED"), help="do this run alone, in this process")  # torchrun has a --run-path
+    add("--score", type=Path, metavar="CKPT", help="score a checkpoint, of an ablation or not, and do nothing else")
+    add("--split", help="of --score: train, val or test (default: test, or val where there is none)")
+    # fmt: on
+    return parser
+
+
+def cut_off(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before `--`, and what behind it, for train.py."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:cut], arguments[cut + 1 :]
+
+
+if __name__ == "__main__":
+    answer_early(command_line(), cut_off(sys.argv[1:])[0])
+
+import numpy as np
+import torch
+
+import train
+from annotations.layouts import read_samples
+from evaluate import open_for, print_results, results_by_group, score
+from experiments.stand_ins import check_parts, leave_out, load, losses_without
+from model import count_parameters
+from presets import PRESETS, RECIPES, find_preset, with_settings
+from runtime.devices import default_workers, pick_device
+from runtime.errors import UserError, exit_on_user_error
+from runtime.processes import launched
+from runtime.run_folder import RunFolder, write_whole
+from synthetic_scenes.scenes import ensure_scenes
+from weights.provenance import weights_line
+
 COLUMNS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.9", "bIoU")
 
 
@@ -265,26 +299,9 @@ def write_results(out: Path, settings: dict) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; what follows `--` in it is `train`. UserError for flags there that this tool sets itself."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="parts: " + "; ".join(f"{name} ({what})" for name, what in CHOICES.items()),
-    )  # fmt: skip
-    add = parser.add_argument
-    # fmt: off
-    add("--out", type=Path, default=Path("runs/ablation"), metavar="DIR", help="folder of the runs (default: runs/ablation)")
-    add("--data", help="data set of train.py, by name or path (default: scenes; with --score, the checkpoint's)")
-    add("--model", choices=PRESETS, default="tiny", help="preset (default: tiny)")
-    add("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help=f"of {', '.join(VARIANTS)} (default: all)")
-    add("--seeds", nargs="+", type=at_least(int, 0), default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
-    add("--samples", type=at_least(int, 1), default=20_000, help="budget of a run, rounded up to whole epochs (default: 20000)")
-    add("--jobs", type=at_least(int, 1), default=1, metavar="N", help="runs at a time, which share the cores (default: 1)")
-    add("--only", nargs=2, metavar=("NAME", "SEED"), help="do this run alone, in this process")  # torchrun has a --run-path
-    add("--score", type=Path, metavar="CKPT", help="score a checkpoint, of an ablation or not, and do nothing else")
-    add("--split", help="of --score: train, val or test (default: test, or val where there is none)")
-    # fmt: on
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    args = parser.parse_args(arguments[:cut])
-    args.train = arguments[cut + 1 :]
+    arguments, behind = cut_off(arguments)
+    args = argparse.Namespace(**vars(command_line().parse_args(arguments)), train=behind)
+    find_preset(args.model)
     own = ("--data", "--model", "--seed", "--epochs", "--out", "--resume", "--init")
     if taken := [flag for flag in args.train if flag.partition("=")[0] in own]:
         raise UserError(f"{taken[0]} after -- is set by this tool for every run: leave it out there")

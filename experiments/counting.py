@@ -11,6 +11,13 @@ import math
 import weakref
 from dataclasses import replace
 
+from runtime.arguments import answer_early
+
+if __name__ == "__main__":
+    answer_early(argparse.ArgumentParser(
+        prog="python -m experiments.counting", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ))  # fmt: skip
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -167,7 +174,4 @@ def memory_table() -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
-        prog="python -m experiments.counting", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
     print(memory_table())

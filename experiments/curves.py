@@ -7,6 +7,20 @@ import argparse
 import json
 from pathlib import Path
 
+from runtime.arguments import answer_early
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(command_line())
+
 from losses import TERMS
 from runtime.errors import UserError, exit_on_user_error
 from runtime.run_folder import write_whole
@@ -54,11 +68,7 @@ def draw(path: Path, plots: dict[str, dict[str, tuple[list, list]]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
-    run = parser.parse_args(arguments).run
+    run = command_line().parse_args(arguments).run
     draw(run / "curves.png", curves(read_log(run)))
     print(f"wrote {run / 'curves.png'}")
 

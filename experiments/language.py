@@ -16,6 +16,26 @@ import re
 import tempfile
 from pathlib import Path
 
+from runtime.arguments import answer_early, at_least
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.language", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ckpt", default="best.pt")
+    add("--data", help="a data set, to shuffle its phrases; default: new generated scenes")
+    add("--split", default="val", help="of --data (default: val)")
+    add("--scenes", type=at_least(int, 2), default=300, help="generated scenes, about five phrases each (default: 300)")
+    add("--seed", type=at_least(int, 0), default=1, help="of the scenes and of the shuffle (default: 1)")
+    add("--figure", type=Path, metavar="FILE", help="draw scenes with the answers to several phrases")
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(command_line())
+
 import numpy as np
 import torch
 from PIL import Image
@@ -27,7 +47,6 @@ from data import Collate, flip_phrase, open_dataset
 from evaluate import bootstrap, iou_counts, masks_at, sample_iou, score, summarise, summarise_rows, table
 from experiments.stand_ins import load
 from imagery.pictures import captioned, fitted, grid, lit
-from runtime.arguments import at_least
 from runtime.devices import autocast, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
 from synthetic_scenes.objects import CATEGORIES, COLOURS, Object
@@ -271,17 +290,7 @@ def training_phrases(checkpoint: dict) -> set[str] | None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.language", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--ckpt", default="best.pt")
-    add("--data", help="a data set, to shuffle its phrases; default: new generated scenes")
-    add("--split", default="val", help="of --data (default: val)")
-    add("--scenes", type=at_least(int, 2), default=300, help="generated scenes, about five phrases each (default: 300)")
-    add("--seed", type=at_least(int, 0), default=1, help="of the scenes and of the shuffle (default: 1)")
-    add("--figure", type=Path, metavar="FILE", help="draw scenes with the answers to several phrases")
-    args = parser.parse_args(arguments)
+    args = command_line().parse_args(arguments)
     if args.figure and (args.data or args.figure.exists()):
         raise UserError(f"--figure {args.figure} needs a new file, and generated scenes in place of --data")
     if args.figure and not (args.figure.suffix == ".png" and args.figure.parent.is_dir()):

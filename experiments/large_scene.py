@@ -16,13 +16,32 @@ import tempfile
 import time
 from pathlib import Path
 
+from runtime.arguments import answer_early, at_least
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.large_scene", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ckpt", default="best.pt")
+    add("--side", type=at_least(int, 1), default=20_000)
+    add("--tile", type=at_least(int, 1), default=1024)
+    add("--tiling", default="scene")
+    add("--index", type=at_least(int, 0), default=0, help="which of the generated test scenes")
+    add("--out", type=Path, help="keep the scene and the results here")
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(command_line())
+
 import cv2
 import numpy as np
 import rasterio
 from rasterio.transform import from_origin
 
 from evaluate import iou_counts, sample_iou
-from runtime.arguments import at_least
 from synthetic_scenes.scenes import scene
 
 PREDICT = Path(__file__).resolve().parent.parent / "predict.py"
@@ -52,17 +71,7 @@ def write_scene(path: Path, image: np.ndarray, side: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.large_scene", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--ckpt", default="best.pt")
-    add("--side", type=at_least(int, 1), default=20_000)
-    add("--tile", type=at_least(int, 1), default=1024)
-    add("--tiling", default="scene")
-    add("--index", type=at_least(int, 0), default=0, help="which of the generated test scenes")
-    add("--out", type=Path, help="keep the scene and the results here")
-    args = parser.parse_args(arguments)
+    args = command_line().parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch)
         out.mkdir(parents=True, exist_ok=True)

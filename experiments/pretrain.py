@@ -16,12 +16,34 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from runtime.arguments import answer_early, at_least
+
+SCENES = Path("data/scenes-clicks")
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/sam2-tiny.pt"), metavar="FILE", help="default: runs/sam2-tiny.pt")
+    add("--data", help=f"data set by name or path (default: scenes of its own, generated as {SCENES})")
+    add("--instances", type=Path, metavar="FILE", help="in place of a data set: a file in COCO's format, flips and colour vary")
+    add("--images", type=Path, metavar="DIR", help="where the images of --instances lie")
+    add("--image-size", type=at_least(int, 32), default=128, metavar="S", help="pixels, a multiple of 32 (default: 128)")
+    add("--samples", type=at_least(int, 1), default=40_000, help="targets to train on (default: 40000)")
+    add("--seed", type=at_least(int, 0), default=0, help="of initial weights, order and prompts (default: 0)")
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(command_line())
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from annotations.instances import InstancesFile
 from data import Collate, ReferringDataset, TrainingOrder, open_dataset
@@ -30,16 +52,15 @@ from experiments.stand_ins import leave_out
 from losses import cross_entropy, dice
 from model import RS2SAM2
 from presets import PRESETS, RECIPES
-from runtime.arguments import at_least
 from runtime.averaging import AveragedWeights
 from runtime.devices import default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
+from runtime.progress import Progress
 from runtime.run_folder import write_checkpoint
 from synthetic_scenes.scenes import ensure_scenes
 from train import learning_rate, optimizers_for
 from weights.names import our_name
 
-SCENES = Path("data/scenes-clicks")
 MIN_SHARE = 0.003  # of the image, for an object of --instances to be pointed at
 AWAY, TOWARDS, CORNERS, NOTHING = 0, 1, (2, 3), -1  # SAM 2's labels of points
 ADDED = ("fusion", "decoder-fusion", "mask-prompt", "boundary")  # what the method adds to SAM 2
@@ -155,7 +176,7 @@ def train(model: RS2SAM2, dataset, samples: int, seed: int) -> None:
     rng, done = np.random.default_rng(seed), 0
     order = TrainingOrder(len(dataset), seed, 0, samples, recipe.batch_size)
     model.train()
-    with tqdm(total=samples, unit="img", disable=None) as bar:
+    with Progress(total=samples, unit="img") as bar:
         for batch in batches(dataset, model, batch_sampler=order):
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * learning_rate(recipe, done / samples, epoch=0)
@@ -197,18 +218,7 @@ def open_set(args: argparse.Namespace, split: str) -> ReferringDataset:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/sam2-tiny.pt"), metavar="FILE", help="default: runs/sam2-tiny.pt")
-    add("--data", help=f"data set by name or path (default: scenes of its own, generated as {SCENES})")
-    add("--instances", type=Path, metavar="FILE", help="in place of a data set: a file in COCO's format, flips and colour vary")
-    add("--images", type=Path, metavar="DIR", help="where the images of --instances lie")
-    add("--image-size", type=at_least(int, 32), default=128, metavar="S", help="pixels, a multiple of 32 (default: 128)")
-    add("--samples", type=at_least(int, 1), default=40_000, help="targets to train on (default: 40000)")
-    add("--seed", type=at_least(int, 0), default=0, help="of initial weights, order and prompts (default: 0)")
-    args = parser.parse_args(arguments)
+    args = command_line().parse_args(arguments)
     if args.out.exists():
         raise UserError(f"{args.out} exists already: name another --out")
     sets = [open_set(args, split) for split in ("train", "val")]

@@ -12,6 +12,22 @@ attention (the perplexity of its weights over the number of cells: 1 is the plai
 import argparse
 from contextlib import ExitStack, contextmanager
 
+from runtime.arguments import answer_early
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ckpt", default="best.pt", help="a checkpoint of train.py (default: best.pt)")
+    parser.add_argument("--data", help="data set by name or path (default: the one the checkpoint was trained on)")
+    parser.add_argument("--split", help="train, val or test (default: test, or val where there is none)")
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(command_line())
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -165,13 +181,7 @@ def measure(model: nn.Module, dataset, workers: int = 0) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ckpt", default="best.pt", help="a checkpoint of train.py (default: best.pt)")
-    parser.add_argument("--data", help="data set by name or path (default: the one the checkpoint was trained on)")
-    parser.add_argument("--split", help="train, val or test (default: test, or val where there is none)")
-    args = parser.parse_args(arguments)
+    args = command_line().parse_args(arguments)
     model, checkpoint = load(args.ckpt, pick_device())
     data, dataset = open_for(model, checkpoint, args)
     print(weights_line(args.ckpt, checkpoint))

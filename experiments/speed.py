@@ -28,8 +28,41 @@ import time
 from functools import partial
 from pathlib import Path
 
-import cv2
-import numpy as np
+from runtime.arguments import answer_early, at_least
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
+TASKS = ("train", "loader", "forward", "evaluate")  # in this order
+MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("--model", default="tiny", metavar="PRESET", help="of presets.py (default: tiny)")
+    add("--image-size", type=at_least(int, 1), help="default: the preset's")
+    add("--batch-size", type=at_least(int, 1), nargs="+", default=[1])
+    add("--tasks", choices=TASKS, nargs="+", default=["forward", "train"])
+    add("--compile", choices=MODES, nargs="*", default=[], help="time compiled forms too, in these modes of torch.compile")
+    add("--checkpoint-activations", action="store_true", help="as train.py's")
+    add("--baseline", action="store_true", help="time the published settings too")
+    add("--profile", action="store_true", help="where the time of a forward pass goes, instead of tasks")
+    add("--memory", action="store_true", help="compute FLOPs and the batch that fits, for all presets; measure nothing")
+    add("--device", choices=("cpu", "cuda"), help="default: the card where there is one")
+    add("--repeats", type=at_least(int, 1), default=10)
+    add("--warmup", type=at_least(int, 0), default=3)
+    add("--workers", type=at_least(int, 0), help="processes that load data (default: as train.py's)")
+    add("--seed", type=at_least(int, 0), default=0)
+    add("--out", type=Path, default=RESULTS, help="the file to append to (default: docs/speed.md)")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(command_line())
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -37,36 +70,17 @@ from torch.utils.data import DataLoader
 from data import Collate, open_dataset
 from evaluate import score
 from experiments.counting import flops, memory_table, random_batch, random_model
+from experiments.loading import write_scenes
 from fusion import CrossAttention
 from losses import total_loss
 from model import RS2SAM2, compiled
-from presets import PRESETS, RECIPES, Recipe
-from runtime.arguments import at_least
+from presets import RECIPES, Recipe, find_preset
 from runtime.devices import autocast, compute_dtype, default_workers, to_device
 from runtime.errors import exit_on_user_error
 from runtime.run_folder import revision
-from synthetic_scenes.scenes import scene
 from train import optimizers_for
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
-TASKS = ("train", "loader", "forward", "evaluate")  # in this order
 BASELINE = "published settings"
-MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
-
-
-def write_scenes(root: Path, counts: dict[str, int], seed: int) -> None:
-    """Generated scenes as a data set of 800 x 800 JPEG files, the size of RRSIS-D's, with one phrase each."""
-    (root / "images").mkdir(parents=True)
-    (root / "masks").mkdir()
-    lines = ["image,mask,phrase,split"]
-    for split, i in ((split, i) for split, count in counts.items() for i in range(count)):
-        s, name = scene(seed, split, i, 256), f"{split}{i}"
-        j, _, phrase = s.phrases[0]
-        cv2.imwrite(str(root / "images" / f"{name}.jpg"), cv2.resize(s.image[..., ::-1], (800, 800)))
-        mask = 255 * s.objects[j].mask.astype(np.uint8)
-        cv2.imwrite(str(root / "masks" / f"{name}.png"), cv2.resize(mask, (800, 800), interpolation=cv2.INTER_NEAREST))
-        lines.append(f"{name}.jpg,{name}.png,{phrase},{split}")
-    (root / "phrases.csv").write_text("\n".join(lines) + "\n")
 
 
 class StockAttention(CrossAttention):
@@ -357,33 +371,11 @@ def measured(args) -> str:
     return text + "\n".join(lines)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    # fmt: off
-    add("--model", choices=PRESETS, default="tiny")
-    add("--image-size", type=at_least(int, 1), help="default: the preset's")
-    add("--batch-size", type=at_least(int, 1), nargs="+", default=[1])
-    add("--tasks", choices=TASKS, nargs="+", default=["forward", "train"])
-    add("--compile", choices=MODES, nargs="*", default=[], help="time compiled forms too, in these modes of torch.compile")
-    add("--checkpoint-activations", action="store_true", help="as train.py's")
-    add("--baseline", action="store_true", help="time the published settings too")
-    add("--profile", action="store_true", help="where the time of a forward pass goes, instead of tasks")
-    add("--memory", action="store_true", help="compute FLOPs and the batch that fits, for all presets; measure nothing")
-    add("--device", choices=("cpu", "cuda"), default=device)
-    add("--repeats", type=at_least(int, 1), default=10)
-    add("--warmup", type=at_least(int, 0), default=3)
-    add("--workers", type=at_least(int, 0), default=default_workers(), help="processes that load data (default: as train.py's)")
-    add("--seed", type=at_least(int, 0), default=0)
-    add("--out", type=Path, default=RESULTS, help="the file to append to (default: docs/speed.md)")
-    # fmt: on
-    return parser.parse_args(arguments)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
+    args = command_line().parse_args(arguments)
+    find_preset(args.model)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.workers = default_workers() if args.workers is None else args.workers
     text = "\n\n" + memory_table() if args.memory else measured(args)
     command = " ".join(["python -m experiments.speed", *(sys.argv[1:] if arguments is None else arguments)])
     head = f"\n### {time.strftime('%Y-%m-%d')}, `{command}`\n\ntorch {torch.__version__}, revision {revision() or 'unknown'}; "

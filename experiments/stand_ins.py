@@ -10,24 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from experiments.parts import CHOICES
 from fusion import BidirectionalAdapter, TextToVisionAdapter
 from model import RS2SAM2
 from runtime.errors import UserError
 from weights.checkpoints import load_checkpoint, read_checkpoint
 
-# Name of what can be left out -> what that is.
-CHOICES = {
-    "fusion": "the adapters in every block of SAM 2's image encoder",
-    "rewriting": "their direction from vision to text",
-    "decoder-fusion": "the product with the text before the mask decoder",
-    "mask-prompt": "the mask prompt generator; SAM 2's embedding for 'no mask' replaces it",
-    "sparse-prompt": "the sparse tokens; the decoder runs on its own tokens alone",
-    "cross-entropy": "this term of the loss",
-    "dice": "this term of the loss",
-    "boundary": "this term of the loss, and its weight from the text",
-    "soft-edges": "the boundary loss of the probability map; the published one, of the thresholded mask, replaces it",
-    "pseudo": "the pseudo-mask's own loss, where the recipe has one",
-}
 WAYS = {"fusion", "decoder-fusion", "mask-prompt", "sparse-prompt"}  # of the phrase to SAM 2
 
 

@@ -27,9 +27,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from imagery.plain import Scene
+from runtime.progress import Progress
 
 LARGE = 2048  # pixels a side: larger scenes are tiled even where no tile is given
 TILE = 1024  # pixels a side of a tile, where none is given
@@ -139,7 +139,7 @@ def blend(
     # The rows from `top` on that the current band of tiles covers: weighted logits and, of each row, the sum of weights.
     sums, weight_down = np.zeros((height, scene.width), np.float32), np.zeros(height, np.float32)
 
-    for top, next_top in zip(tqdm(tops, "rows of tiles", leave=False, disable=None), [*tops[1:], scene.height]):
+    for top, next_top in zip(Progress(tops, "rows of tiles", leave=False), [*tops[1:], scene.height]):
         chosen = [left for left in lefts if coarse is None or coarse.touches(top, left, height, width)]
         for some in batches(chosen, batch):
             images = [scene.read(top, left, height, width) for left in some]

@@ -1,7 +1,38 @@
-"""Numbers of a command line."""
+"""Command lines: numbers in them, and what is answered before a program loads its libraries."""
 
 import argparse
 import math
+import sys
+
+from runtime.errors import UserError
+
+
+def answer_early(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> None:
+    """Answer --help and mistyped flags; from here on Ctrl-C prints one line and exits with code 130.
+
+    A program calls it before its other imports, which take seconds, and parses again later. arguments: by default sys.argv's.
+    """
+
+    def say(kind, error, trace) -> None:
+        if kind is not KeyboardInterrupt:
+            return sys.__excepthook__(kind, error, trace)
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+    sys.excepthook = say
+    parser.parse_args(arguments)
+
+
+def parse_again(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, before: dict, free: set[str], flag: str
+) -> argparse.Namespace:
+    """The command line with the values of an earlier one, `before`, for defaults; UserError where it changes one that is not
+    free. flag: what asks for it."""
+    parser.set_defaults(**before)
+    earlier, now = parser.parse_args([]), parser.parse_args(arguments)
+    if fixed := [k for k, v in vars(now).items() if k not in free and v != getattr(earlier, k)]:
+        raise UserError(f"--{fixed[0].replace('_', '-')} can't be changed by {flag}: leave it out, or start a new run")
+    return now
 
 
 def at_least(kind: type, least: float):

@@ -48,6 +48,14 @@ def default_workers() -> int:
     return min(8, (os.cpu_count() or 2) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def choose_threads() -> None:
+    """Compute in as many threads as cores are free, at most torch's default; OMP_NUM_THREADS in the environment wins.
+
+    Each step waits for its last thread, so on a machine whose cores are taken several threads are slower than one."""
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "getloadavg"):
+        torch.set_num_threads(max(1, round(torch.get_num_threads() - os.getloadavg()[0])))
+
+
 @contextlib.contextmanager
 def card_failures():
     """What fails in training on a card alone, as a UserError with exit code 1."""

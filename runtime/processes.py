@@ -54,6 +54,8 @@ def process_group():
         code = 0
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code = 130
     except RuntimeError:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # where the end of another process broke a collective here, that one's message is the one to read

@@ -14,10 +14,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from annotations.predicates import pick
 from runtime.errors import UserError
+from runtime.progress import Progress
 from synthetic_scenes.drawing import SHAPES, ground, paint
 from synthetic_scenes.objects import CATEGORIES, COLOURS, SIZES, Object
 from synthetic_scenes.phrases import HELD_OUT, draw_phrases
@@ -175,7 +175,7 @@ def make_scenes(
             pictures = part / "images" / "rrsisd" / "JPEGImages"
             for folder in (part / "rrsisd", pictures):
                 folder.mkdir(parents=True)
-            for number, (split, i) in enumerate(tqdm(jobs, desc="scenes", disable=None if progress else True)):
+            for number, (split, i) in enumerate(Progress(jobs, desc="scenes", disable=not progress)):
                 s, file_name = scene(seed, split, i, size), f"{number:05d}.jpg"
                 if hold_out and split == "train":
                     s.phrases = [p for p in s.phrases if not any(pair in p[1] for pair in HELD_OUT)]

@@ -2,7 +2,8 @@
 
 from argparse import Namespace
 
-from presets import PRESETS, RECIPES, Preset, Recipe, differences, in_words, with_settings
+from model import RS2SAM2, count_parameters
+from presets import PRESETS, RECIPES, Preset, Recipe, differences, find_preset, in_words, with_settings
 from runtime.errors import UserError
 from weights.checkpoints import stored_preset, stored_recipe
 from weights.provenance import weights_line
@@ -13,8 +14,9 @@ FREE = ("lr", "epochs", "samples", "batch_size")  # what --resume may change
 
 def resolve(model: str, settings: list[str], checkpoint: dict | None = None, resume: bool = False) -> tuple[Preset, Recipe]:
     """The complete records of a new run, of one that fine-tunes a checkpoint, or of one that goes on with it; UserError for
-    a setting that it can't change, which names the value in the checkpoint and the one asked for."""
-    preset = stored_preset(checkpoint) if checkpoint else PRESETS[model]
+    a name that has no preset, and for a setting that it can't change, which names the value in the checkpoint and the one
+    asked for."""
+    preset = stored_preset(checkpoint) if checkpoint else find_preset(model)
     recipe = stored_recipe(checkpoint) if resume else RECIPES.get(model, Recipe())
     new = with_settings(preset, recipe, settings)
     changes = differences((preset, recipe), new) if resume else differences((preset,), new[:1]) if checkpoint else {}
@@ -37,9 +39,10 @@ def news(checkpoint: dict, new: tuple[Preset, Recipe], model: str) -> list[str]:
                     for name, (there, own) in changed.items()]  # fmt: skip
 
 
-def opening(args: Namespace, checkpoint: dict | None, new: tuple[Preset, Recipe]) -> str:
+def opening(args: Namespace, model: RS2SAM2, checkpoint: dict | None, new: tuple[Preset, Recipe]) -> str:
     """The lines that a run begins with: all its numbers, the weights that --init names, what is new with --resume."""
-    lines = [in_words("preset", new[0]), in_words("recipe", new[1])]
+    lines = ["parameters: " + ", ".join(f"{n:,} {kind}" for kind, n in count_parameters(model).items())]
+    lines += [in_words("preset", new[0]), in_words("recipe", new[1])]
     if args.resume:
         lines += news(checkpoint, new, args.model)
     elif args.init:
