@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from runtime.arguments import answer_early, at_least
@@ -39,7 +39,7 @@ def command_line() -> argparse.ArgumentParser:
         help="of a target of split train, at most; elsewhere one (default: 4)")  # fmt: skip
     add("--absent", type=at_least(float, 0), default=0.0, metavar="SHARE",
         help="share of the training images that get a phrase of something absent (default: 0)")  # fmt: skip
-    add("--seed", type=at_least(int, 0), default=0, help="of the phrases and drawn splits (default: 0)")
+    add("--seed", type=at_least(int, 0), default=0, help="of the phrases (default: 0)")
     return parser
 
 
@@ -80,6 +80,7 @@ NOUNS = {
     "small vehicle": ("small vehicle", "car"), "soccer ball field": ("soccer field", "football field"),
     "ground track field": ("ground track field", "running track"), "baseball diamond": ("baseball field", "baseball diamond"),
     "swimming pool": ("swimming pool", "pool"), "roundabout": ("roundabout", "traffic circle"),
+    "helicopter": ("helicopter", "aircraft"),
 }  # fmt: skip
 MOST_GROUPS = 1  # of a picture: there are many, which would outnumber the objects
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
@@ -94,9 +95,21 @@ class Target:
     phrases: dict[str, str]  # phrase -> kind, once they are drawn
 
 
+def applies(name: str, category: str) -> bool:
+    """Whether objects of the category can be called so, by a synonym or its last words."""
+    return any(called == name or called.endswith(f" {name}") for called in (category, *NOUNS.get(category, ())))
+
+
 def namesakes(category: str, instances: list[Instance]) -> list[Instance]:
     """The objects that the category's name applies to: to a "container ship" also "ship"."""
     return [o for o in instances if o.category == category or o.category.endswith(f" {category}")]
+
+
+def names(category: str, here: set[str]) -> tuple[str, ...]:
+    """What its objects are called where those of the categories `here` are: beside a helicopter no plane is an "aircraft"."""
+    first, *rest = NOUNS.get(category, (category,))
+    others = [c for c in here if c != category and not c.endswith(f" {category}")]
+    return first, *(name for name in rest if not any(applies(name, c) for c in others))
 
 
 def holds(predicate, o: Instance, *arguments) -> bool | None:
@@ -105,7 +118,7 @@ def holds(predicate, o: Instance, *arguments) -> bool | None:
 
 
 def sizeable(category: str) -> bool:
-    return category.split()[0] not in ("small", "large", "big", "tiny")  # no "large small vehicle"
+    return category.split()[0] not in ("small", "large", "big", "tiny")  # no "large small vehicle", nor the "largest" one
 
 
 def descriptions(me: Instance, others: list[Instance]) -> dict[str, list[tuple]]:
@@ -127,7 +140,8 @@ def descriptions(me: Instance, others: list[Instance]) -> dict[str, list[tuple]]
                     (size, p) for p in POSITIONS if p not in positions
                     and alone(lambda o, s=size, p=p: both(is_sized(o, beside[id(o)], s), is_at(o, p)))
                 ]  # fmt: skip
-    found["superlative"] += [(s, "") for s in SUPERLATIVES if is_most(me, others, s)]
+    superlatives = [s for s in SUPERLATIVES if sizeable(me.category) or s not in ("largest", "smallest")]
+    found["superlative"] += [(s, "") for s in superlatives if is_most(me, others, s)]
     return found
 
 
@@ -166,6 +180,7 @@ def targets(rng: np.random.Generator, picture: Picture, min_share: float, left_o
     instances, found = picture.instances, []
     least = min_share * picture.shape[0] * picture.shape[1]
     nameable = [o for o in instances if o.area >= least and o.seen >= 0.5 and not o.crowd]
+    left_out["cover no pixel"] += picture.unseen
     for o in instances:
         if all(o is not p for p in nameable):
             left_out["a crowd" if o.crowd else "too small" if o.area < least else "cut by a tile's border"] += 1
@@ -192,9 +207,9 @@ def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
 
 
-def noun(rng: np.random.Generator, category: str, adjective: str = "", position: str = "", count: int = 1) -> str:
-    """A category worded with what describes it, as "large ship on the left"; count: of a group's members."""
-    first, *rest = NOUNS.get(category, (category,))
+def noun(rng: np.random.Generator, named: tuple[str, ...], adjective: str = "", position: str = "", count: int = 1) -> str:
+    """One of a category's names with what describes it, as "large ship on the left"; count: of a group's members."""
+    first, *rest = named
     name = pick(rng, rest) if rest and rng.random() < 0.4 else first
     if count > 1:
         number = f"{NUMBERS[count]} " if count in NUMBERS and rng.random() < 0.4 else ""
@@ -204,40 +219,40 @@ def noun(rng: np.random.Generator, category: str, adjective: str = "", position:
     return f"{adjective} {name} {position}".strip()
 
 
-def word(rng: np.random.Generator, target: Target, kind: str) -> str:
-    """One of the target's descriptions of a kind, in words."""
+def word(rng: np.random.Generator, target: Target, kind: str, here: set[str]) -> str:
+    """One of the target's descriptions of a kind, in words; here: the picture's categories."""
     category = min((o.category for o in target.members), key=len)
     adjective, position, *relation = pick(rng, target.ways[kind])
     count = 1 if kind != "group" else 0 if any(o.crowd for o in target.members) else len(target.members)
-    text = noun(rng, category, adjective, position, count or 99)
+    text = noun(rng, names(category, here), adjective, position, count or 99)
     if relation:
-        direction, (anchor, named) = relation
-        how = pick(rng, [options for options in named.values() if options])
+        direction, (anchor, ways) = relation
+        how = pick(rng, [options for options in ways.values() if options])
         verb = pick(rng, ("is ", "is ", "")) if direction is not None else ""
         said = pick(rng, RELATION_WORDS[direction] if direction is not None else ("next to", "near"))
-        text += f" {verb}{said} the {noun(rng, anchor.category, *pick(rng, how)[:2])}"
+        text += f" {verb}{said} the {noun(rng, names(anchor.category, here), *pick(rng, how)[:2])}"
     if kind == "group":
-        return f"{pick(rng, ('The', 'All'))} {text}"
+        return f"{pick(rng, ('The', 'All'))} {text}".replace("All two", "Both")
     indefinite = kind != "superlative" and rng.random() < 0.4
     return f"{('An' if text[0] in 'aeiou' else 'A') if indefinite else 'The'} {text}"
 
 
-def draw(rng: np.random.Generator, target: Target, count: int) -> None:
+def draw(rng: np.random.Generator, target: Target, count: int, here: set[str]) -> None:
     """Put up to `count` phrases into the target, kinds by KINDS' weights; another wording of a kind counts as a phrase."""
     kinds = list(target.ways)
     weights = np.array([KINDS.get(kind, 1.0) for kind in kinds])
     for _ in range(count):
         kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
-        target.phrases[word(rng, target, kind)] = kind
+        target.phrases[word(rng, target, kind, here)] = kind
 
 
 def absent_phrase(rng: np.random.Generator, picture: Picture) -> str | None:
     """A phrase of a category of which nothing is in the picture; None where all are there."""
     here = {o.category for o in picture.instances}
-    gone = [c for c in picture.categories if c not in here and not namesakes(c, picture.instances)]
+    gone = [c for c in picture.categories if not any(applies(c, category) for category in here)]
     if not gone:
         return None
-    return f"The {noun(rng, pick(rng, gone), position=pick(rng, ('', *POSITIONS)))}"
+    return f"The {noun(rng, names(pick(rng, gone), here), position=pick(rng, ('', *POSITIONS)))}"
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------------
@@ -246,11 +261,12 @@ def absent_phrase(rng: np.random.Generator, picture: Picture) -> str | None:
 def rows(args: argparse.Namespace, picture: Picture, stem: str, image: str, part: Path, left_out: Counter) -> Iterator[dict]:
     """The lines of phrases.csv for a picture, whose masks are written."""
     rng = np.random.default_rng([args.seed, *stem.encode()])
-    evaluated = picture.split != "train"
+    evaluated, here = picture.split != "train", {o.category for o in picture.instances}
     for number, target in enumerate(targets(rng, picture, args.min_share, left_out)):
-        draw(rng, target, 1 if evaluated else args.phrases)
-        mask = f"{stem}-{number}.png"
-        union = np.maximum.reduce([o.mask for o in target.members])
+        draw(rng, target, 1 if evaluated else args.phrases, here)
+        mask, union = f"{stem}-{number}.png", np.zeros(picture.shape, np.uint8)
+        for o in target.members:
+            union[o.spot] |= o.mask
         cv2.imwrite(str(part / "masks" / mask), 255 * union)
         category = min((o.category for o in target.members), key=len)
         for phrase, kind in target.phrases.items():
@@ -260,28 +276,51 @@ def rows(args: argparse.Namespace, picture: Picture, stem: str, image: str, part
         yield {"image": image, "mask": "", "phrase": phrase, "split": split, "category": "", "kind": "absent"}
 
 
+@lru_cache(maxsize=1)  # tiles of an image follow each other
+def scaled_image(path: Path, size: tuple[int, int], scale: float) -> np.ndarray:
+    try:
+        image = read_image(path)
+    except ValueError as error:
+        raise UserError(f"{error}: get the image again, or take it out of the file", exit_code=1) from None
+    if image.shape[:2] != size:
+        raise UserError(f"{path} is {image.shape[1]} x {image.shape[0]} pixels large, and {size[1]} x {size[0]} by the file of "
+                        "instances: give the images that it was made for")  # fmt: skip
+    return cv2.resize(image, scaled(size, scale)[::-1], interpolation=cv2.INTER_AREA)
+
+
 def write_image(args: argparse.Namespace, picture: Picture, target: Path) -> None:
     source = args.images / picture.name
     if picture.tile is None and args.scale == 1:
         shutil.copyfile(source, target)
         return
-    image = read_image(source)
-    image = cv2.resize(image, scaled(image.shape[:2], args.scale)[::-1], interpolation=cv2.INTER_AREA)
+    image = scaled_image(source, picture.size, args.scale)
     left, top = picture.tile or (0, 0)
     height, width = picture.shape
     cv2.imwrite(str(target), image[top : top + height, left : left + width, ::-1])
 
 
+def file_stems(names: list[str]) -> dict[str, str]:
+    """{an image's name: the stem of the files made of it}; folders become part of it, and where two would be the same, the
+    suffix."""
+    flat = {name: name.strip("./").replace("/", "-") for name in names}
+    short = Counter(Path(file).stem for file in flat.values())
+    stems = {name: Path(file).stem if short[Path(file).stem] == 1 else file.replace(".", "-") for name, file in flat.items()}
+    if len({*stems.values()}) < len(names):
+        raise UserError("the images' names differ by - and / or . alone: rename one of them")
+    return stems
+
+
 def make(args: argparse.Namespace, part: Path) -> None:
     """Write the data set into the folder `part`, and say what came out."""
-    source, left_out, count, used = InstancesFile(args.instances, args.images, args.seed), Counter(), Counter(), set()
+    source, left_out, count, used = InstancesFile(args.instances, args.images), Counter(), Counter(), set()
+    stems = file_stems(source.names)
     (part / "images").mkdir(parents=True)
     (part / "masks").mkdir()
     with open(part / "phrases.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["image", "mask", "phrase", "split", "category", "kind"])
         writer.writeheader()
         for picture in Progress(source.pictures(args.tile, args.scale), "phrases", unit=" images"):
-            stem = Path(picture.name).with_suffix("").as_posix().replace("/", "-")
+            stem = stems[picture.name]
             stem += "" if picture.tile is None else "-{}-{}".format(*picture.tile)
             image = stem + (Path(picture.name).suffix if picture.tile is None and args.scale == 1 else ".png")
             for row in rows(args, picture, stem, image, part, left_out):
@@ -296,7 +335,7 @@ def make(args: argparse.Namespace, part: Path) -> None:
         kinds = ", ".join(f"{kind} {n:,}" for (where, kind), n in sorted(count.items()) if where == split)
         images = sum(where == split for where, _ in used)
         print(f"{split}: {sum(n for (s, _), n in count.items() if s == split):,} phrases of {images:,} images ({kinds})")
-    print("objects left out: " + (", ".join(f"{n:,} {reason}" for reason, n in left_out.most_common()) or "none"))
+    print("objects left out: " + (", ".join(f"{n:,} {reason}" for reason, n in left_out.most_common() if n) or "none"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -40,10 +40,13 @@ class Located(Protocol):
     area: float  # pixels of its mask
 
 
-class Boxed(Protocol):
-    """What `gap` asks of an object."""
+class Outlined(Protocol):
+    """What `gap` and `is_near` ask of an object."""
 
     box: tuple[float, float, float, float]  # x0, y0, x1, y1 in fractions of the image
+
+    def distance(self, other) -> float:
+        """Between the masks' nearest pixels, in fractions of the image; negative where they overlap."""
 
 
 def pick(rng: np.random.Generator, items: Sequence):
@@ -98,15 +101,18 @@ def is_sized(o: Located, others: Sequence[Located], size: str) -> bool | None:
     return clearly(ratio, 2, 1.25) if size == "large" else clearly(ratio, 1 / 2, 1 / 1.25)
 
 
-def gap(o: Boxed, anchor: Boxed) -> float:
+def gap(o: Outlined, anchor: Outlined) -> float:
     """How far apart the boxes of two objects are, in fractions of the image; 0 where they overlap."""
     x, y = (max(o.box[i] - anchor.box[i + 2], anchor.box[i] - o.box[i + 2], 0) for i in (0, 1))
     return math.hypot(x, y)
 
 
-def is_near(o: Boxed, anchor: Boxed) -> bool | None:
-    """Whether o lies next to the anchor."""
-    return clearly(gap(o, anchor), 0.04, 0.12)
+def is_near(o: Outlined, anchor: Outlined) -> bool | None:
+    """Whether o lies next to the anchor; one on the other, or in it, is unclear."""
+    if gap(o, anchor) >= 0.12:
+        return False  # and the masks are no nearer
+    distance = o.distance(anchor)
+    return None if distance < 0 else clearly(distance, 0.04, 0.12)
 
 
 def picks_out(holds: Callable[[Located], bool | None], me: Located, others: Sequence[Located]) -> bool:

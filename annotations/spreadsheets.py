@@ -88,7 +88,7 @@ def draw_splits(path: Path, images: Iterable[str]) -> dict[str, str]:
     tenth = max(1, len(order) // 10)
     drawn = dict(zip(order, ["train"] * max(1, len(order) - 2 * tenth) + ["val"] * tenth + ["test"] * tenth))
     numbers = ", ".join(f"{split} {n:,}" for split, n in Counter(drawn.values()).items())
-    say_once(f"{path} has no column split: it is drawn by image ({numbers}), the same every time")
+    say_once(f"{path} names no splits: they are drawn by image ({numbers}), the same every time")
     return drawn
 
 
