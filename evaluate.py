@@ -166,18 +166,15 @@ def scored_row(item: dict, prediction: np.ndarray, target: torch.Tensor, protoco
 
 
 @torch.inference_mode()
-def score(
-    model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", forward=None, masks=False
-) -> list[dict]:
+def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", masks=False) -> list[dict]:
     """Run the model over a data set -> one row a sample: id, file, phrase, kind, category, intersection, union, iou,
     boundary_iou, and of the true mask its share of the image and the name of its size; with `masks` also the predicted one at
     the size the true one is stored at, "segmentation", as an RLE, and its "confidence", the mean probability inside it.
 
-    The model is put into evaluation mode and back. `forward` is what is called instead of it (its compiled form).
+    The model is put into evaluation mode and back.
     Several processes take whole batches in turn, the same ones whatever their number, and each returns all rows.
     """
     device, size = next(model.parameters()).device, len(dataset)
-    forward = model if forward is None else forward  # not `or`: a compiled module has no truth value
     batches = [range(i, min(i + batch_size, size)) for i in range(0, size, batch_size)][rank() :: world_size()]
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=Collate(model.union_encoder.tokenizer),
@@ -189,7 +186,7 @@ def score(
         batch = to_device(batch, device)
         images = model.normalise(batch["image"], batch["encoder_image"])
         with autocast(device) if protocol == "ours" else contextlib.nullcontext():
-            output = forward(*images, batch["ids"], batch["lengths"])
+            output = model(*images, batch["ids"], batch["lengths"])
         for i, logits in enumerate(output.logits.float().split(1)):
             item = {key: values[i] for key, values in batch.items()}
             target = item["mask"] if protocol == "ours" else item["target"]

@@ -200,15 +200,17 @@ class RS2SAM2(nn.Module):
         return 2 * p - 1  # (B, 1, S/4, S/4)
 
 
-def compiled(model: nn.Module, **options) -> nn.Module:
-    """The model behind torch.compile: one graph for each batch size and padded length of the phrases that occurs.
+def compile_blocks(model: RS2SAM2, **options) -> None:
+    """Compile in place what is large or repeated: the blocks of SAM 2's image encoder, the layers of the union encoder, the
+    mask decoder. The model stays the object it is.
 
-    Sizes are no variables: kernels for fixed ones are faster, and few occur. A full batch and the last one of an epoch,
-    in training and in evaluation, with 32 or 64 tokens, are 8 graphs; by default torch stops compiling beyond 8, all but
-    silently. options: of torch.compile, such as mode="reduce-overhead" (CUDA graphs), which is for inference.
+    Blocks of one kind and shape have one graph between them, so the first step comes several times sooner than with a graph
+    of the whole model. Sizes are no variables: kernels for fixed ones are faster, and few occur. options: of torch.compile.
     """
-    torch._dynamo.config.cache_size_limit = max(32, torch._dynamo.config.cache_size_limit)  # torch 2.6's name
-    return torch.compile(model, dynamic=False, **options)
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # of graphs; torch 2.6's name
+    stacks = [m for m in model.union_encoder.modules() if isinstance(m, nn.ModuleList)]
+    for module in [*model.image_encoder.trunk.blocks, *(layer for stack in stacks for layer in stack), model.mask_decoder]:
+        module.compile(dynamic=False, **options)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -69,7 +69,7 @@ from torch.utils.data import DataLoader
 from data import Collate, TrainingOrder, open_dataset
 from evaluate import best_median_worst, print_results, results_by_group, score, write_panels
 from losses import total_loss
-from model import RS2SAM2, compiled
+from model import RS2SAM2, compile_blocks
 from presets import Preset, Recipe, learning_rate
 from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, card_failures, compute_dtype, default_workers, pick_device, to_device
@@ -132,9 +132,12 @@ def optimizers_for(model: RS2SAM2, recipe: Recipe) -> list[torch.optim.Optimizer
     return [adamw, Muon(groups[2:], weight_decay=recipe.weight_decay, nesterov=True)] if recipe.muon else [adamw]
 
 
-def callable_form(model: RS2SAM2, device: torch.device) -> nn.Module:
-    """What is called in the model's place: itself, or on a card its compiled form."""
-    return compiled(model) if device.type == "cuda" else model
+def on_device(model: RS2SAM2, device: torch.device) -> RS2SAM2:
+    """The model moved there; on a card its frozen weights are cast and its blocks compiled."""
+    if device.type == "cuda":
+        model.to(device).cast_frozen(compute_dtype())
+        compile_blocks(model)
+    return model.to(device)
 
 
 class Run:
@@ -145,13 +148,10 @@ class Run:
         self.train_set, self.val_set, self.folder = train_set, val_set, RunFolder(args.out)
         for dataset in (train_set, val_set):
             dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
-        self.model = model.to(device)
+        self.model = self.synced = on_device(model, device)
         self.model.image_encoder.checkpoint_activations = args.checkpoint_activations
-        if device.type == "cuda":
-            self.model.cast_frozen(compute_dtype())
-        self.forward = self.synced = callable_form(self.model, device)
         if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
-            self.synced = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)  # no second copy of gradients
+            self.synced = DistributedDataParallel(self.model, gradient_as_bucket_view=True)  # no second copy of gradients
         self.optimizers = optimizers_for(model, recipe)
         self.trained = [p for group in self.groups() for p in group["params"]]
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
@@ -309,7 +309,8 @@ def check_finite(run: Run, loss: float, norm: float, ids: list[str]) -> None:
 
 def score_validation(run: Run) -> list[dict]:
     size = min(8, run.recipe.batch_size // (world_size() * run.args.accumulate))  # needs no more memory than training
-    return score(run.model, run.val_set, batch_size=size, workers=run.workers, forward=run.forward)
+    with torch.compiler.set_stance("force_eager"):  # graphs without gradients would take minutes to compile
+        return score(run.model, run.val_set, batch_size=size, workers=run.workers)
 
 
 def validate(run: Run) -> dict:

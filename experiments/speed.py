@@ -16,6 +16,7 @@ after each step. MFU is the share of what the device reaches on a large product.
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import gc
@@ -32,7 +33,7 @@ from runtime.arguments import answer_early, at_least
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
 TASKS = ("train", "loader", "forward", "evaluate")  # in this order
-MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
+MODES = ("blocks", "default", "reduce-overhead", "max-autotune")  # by block as train.py does it; of torch.compile
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -45,7 +46,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--image-size", type=at_least(int, 1), help="default: the preset's")
     add("--batch-size", type=at_least(int, 1), nargs="+", default=[1])
     add("--tasks", choices=TASKS, nargs="+", default=["forward", "train"])
-    add("--compile", choices=MODES, nargs="*", default=[], help="time compiled forms too, in these modes of torch.compile")
+    add("--compile", choices=MODES, nargs="*", default=[], help="time compiled forms too: by block, or as a whole")
     add("--checkpoint-activations", action="store_true", help="as train.py's")
     add("--baseline", action="store_true", help="time the published settings too")
     add("--profile", action="store_true", help="where the time of a forward pass goes, instead of tasks")
@@ -73,7 +74,7 @@ from experiments.counting import flops, memory_table, random_batch, random_model
 from experiments.loading import write_scenes
 from fusion import CrossAttention
 from losses import total_loss
-from model import RS2SAM2, compiled
+from model import RS2SAM2, compile_blocks
 from presets import RECIPES, Recipe, find_preset
 from runtime.devices import autocast, compute_dtype, default_workers, to_device
 from runtime.errors import exit_on_user_error
@@ -227,6 +228,16 @@ def measure(clock: Device, runs: dict, repeats: int, warmup: int) -> dict:
     return {key: (statistics.median(t[warmup:]), peaks.get(key, 0)) for key, t in times.items()}
 
 
+def compiled(model: RS2SAM2, mode: str) -> torch.nn.Module:
+    """A form of the model with the same weights: its blocks compiled as train.py does it, or a graph of the whole in a mode of
+    torch.compile."""
+    if mode != "blocks":
+        return torch.compile(model, dynamic=False, mode=mode)
+    shared = {id(p): p for p in [*model.parameters(), *model.buffers()]}  # what deepcopy takes as copied already
+    compile_blocks(twin := copy.deepcopy(model, shared))
+    return twin
+
+
 def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step: Step, dataset) -> dict:
     """{(variant, batch size): (settings, run)} of one task."""
     runs, precision = {}, partial(autocast, clock.device)
@@ -237,7 +248,7 @@ def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step:
             {
                 "forward": partial(forward_once, call, batches[size], precision),
                 "train": step and partial(step, call, batches[size], precision),
-                "evaluate": partial(score, model, dataset, batch_size=size, workers=args.workers, forward=call),
+                "evaluate": partial(score, call, dataset, batch_size=size, workers=args.workers),
             }[task],
         )
     if args.baseline and task != "evaluate":
@@ -344,7 +355,7 @@ def measured(args) -> str:
             f"median of {args.repeats}, seed {args.seed}.\n\n")  # fmt: skip
     if args.profile:
         return text + profile(model.eval(), clock, random_batch(model, args.batch_size[-1], clock.device))
-    calls = {"as it is": model} | {f"compiled ({mode})": compiled(model, mode=mode) for mode in args.compile}
+    calls = {"as it is": model} | {f"compiled ({mode})": compiled(model, mode) for mode in args.compile}
     step = Step(model, RECIPES[args.model]) if "train" in args.tasks else None
     lines = [
         "| preset | task | variant | batch | images/s | ms an image | MFU | peak GiB | times published |",
