@@ -28,23 +28,45 @@ import sys
 import warnings
 from pathlib import Path
 
+from runtime.arguments import answer_early, at_least, band_numbers
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", type=Path, default="best.pt", help="a checkpoint of train.py (default: best.pt)")
+    add("--image", type=Path, nargs="+", required=True, help="images, folders of images, CSV files (image,phrase)")
+    add("--phrase", action="append", default=[], help="what to find; may be given several times")
+    add("--out", type=Path, default="predictions", help="folder for the results (default: predictions)")
+    add("--overwrite", action="store_true", help="make results anew that exist; without it they are left alone")
+    add("--tile", type=at_least(int, 32), metavar="N", help="cut images over N pixels a side into tiles of N; "
+        "without it, those over 2,048 into tiles of 1,024")  # fmt: skip
+    add("--tiling", choices=("scene", "independent"), default="scene",
+        help="what phrases are about: the whole scene or each tile")  # fmt: skip
+    add("--bands", type=band_numbers, metavar="R,G,B", help="bands to look at, from 1 (default: those named red, "
+        "green and blue, else the first three)")  # fmt: skip
+    add("--batch", type=at_least(int, 1), default=8, help="images or tiles at once (default: 8)")
+    return parser
+
+
+if __name__ == "__main__":
+    answer_early(command_line())
+
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from annotations.layouts import IMAGE_SUFFIXES
+from annotations.jobs import find_jobs
 from annotations.samples import clean_phrase
-from annotations.spreadsheets import read_rows
 from imagery.pixels import resize_image
 from imagery.plain import Scene
 from imagery.results import Job, ResultFolder, mask_score_logits, readable
 from imagery.scenes import as_scene, open_scene
-from imagery.tiles import LARGE, TILE, TILINGS, batches, is_large, scene_rows
+from imagery.tiles import TILE, TILINGS, batches, is_large, scene_rows
 from model import RS2SAM2
-from runtime.arguments import at_least
-from runtime.devices import compute_dtype
+from runtime.devices import choose_threads, compute_dtype
 from runtime.errors import UserError, exit_on_user_error
+from runtime.progress import Progress
 from weights.checkpoints import load_checkpoint, model_entries
 from weights.provenance import origin_note, provenance, unknown_words_note, weights_line
 from weights.saved import save_folder
@@ -163,42 +185,6 @@ def as_pairs(image, phrase) -> tuple[list, list[str]]:
 # The command line ------------------------------------------------------------------------------------------------------
 
 
-def find_jobs(paths: list[Path], phrases: list[str]) -> list[Job]:
-    """A job for every phrase and every image, and for the rows of CSV files. UserError where there is nothing to do."""
-    lists = [path for path in paths if path.suffix.lower() == ".csv"]
-    if phrases and len(lists) == len(paths):
-        raise UserError("A CSV has phrases of its own: leave out --phrase, or name images too.")
-    if not phrases and len(lists) < len(paths):
-        raise UserError("There is nothing to find: give the images a --phrase, or name a CSV with rows image,phrase.")
-    wanted = []
-    for path in paths:
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not files:
-                raise UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}): name another folder.")
-            wanted += [(file, phrase, "") for file in files for phrase in phrases]
-        elif not path.exists():
-            raise UserError(f"There is no image, folder or CSV {path}: check the name.")
-        else:
-            wanted += read_list(path) if path in lists else [(path, phrase, "") for phrase in phrases]
-    if not wanted:
-        raise UserError(f"{', '.join(map(str, paths))} has no rows: write image,phrase and what to find below it.")
-    by_image = {}  # an image is opened once, for all its phrases
-    for image, phrase, fault in wanted:
-        by_image.setdefault(image, []).append((phrase, fault))
-    return [Job(i, phrase, n, fault) for i, rows in by_image.items() for n, (phrase, fault) in enumerate(rows, start=1)]
-
-
-def read_list(path: Path) -> list[tuple[Path, str, str]]:
-    """(image, phrase, fault) of each row of a CSV with the columns image and phrase; paths from the CSV's folder."""
-    rows = []
-    for line, row, whole in read_rows(path, ("image", "phrase")):
-        fault = f"{path}, line {line}: the row has not the fields of the first line: quote phrases with commas."
-        image = row.get("image", "").replace("\\", "/")
-        rows.append((path.parent / image, row.get("phrase", ""), "" if whole and image else fault))
-    return rows
-
-
 class PredictionRun:
     """Does jobs one after the other, small images in batches."""
 
@@ -211,7 +197,7 @@ class PredictionRun:
     def run(self) -> list[tuple[Job, str]]:
         """Predict and write all -> what has failed: (job, reason)."""
         pending, opened, scene = [], None, None
-        with tqdm(total=len(self.jobs), desc="phrases", disable=None) as self.bar:
+        with Progress(total=len(self.jobs), desc="phrases") as self.bar:
             for job in self.jobs:
                 try:
                     if job.fault:
@@ -257,7 +243,7 @@ class PredictionRun:
             self.bar.update()
             fresh = [note for note in line.get("notes", []) if note not in self.told]
             self.told.update(fresh)
-            tqdm.write(readable(line | {"notes": fresh}, args.out / line["mask"]))
+            Progress.write(readable(line | {"notes": fresh}, args.out / line["mask"]))
 
     def fail(self, job: Job, error: Exception) -> None:
         reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
@@ -267,35 +253,11 @@ class PredictionRun:
         self.bar.update()
 
 
-def band_numbers(text: str) -> tuple[int, ...]:
-    """A `type=` of argparse: one band number or three."""
-    numbers = text.split(",")
-    if len(numbers) not in (1, 3) or not all(n.strip().isdecimal() and int(n) for n in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one band number or three, as 4,3,2")
-    return tuple(map(int, numbers))
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--ckpt", type=Path, default="best.pt", help="a checkpoint of train.py (default: best.pt)")
-    add("--image", type=Path, nargs="+", required=True, help="images, folders of images, CSV files (image,phrase)")
-    add("--phrase", action="append", default=[], help="what to find; may be given several times")
-    add("--out", type=Path, default="predictions", help="folder for the results (default: predictions)")
-    add("--overwrite", action="store_true", help="make results anew that exist; without it they are left alone")
-    add("--tile", type=at_least(int, 32), metavar="N", help="cut images over N pixels a side into tiles of N; "
-        f"without it, those over {LARGE:,} into tiles of {TILE:,}")  # fmt: skip
-    add("--tiling", choices=TILINGS, default="scene", help="what phrases are about: the whole scene or each tile")
-    add("--bands", type=band_numbers, metavar="R,G,B", help="bands to look at, from 1 (default: those named red, "
-        "green and blue, else the first three)")  # fmt: skip
-    add("--batch", type=at_least(int, 1), default=8, help="images or tiles at once (default: 8)")
-    return parser.parse_args()
-
-
 def main() -> None:
     os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; by itself GDAL takes a twentieth of the machine's memory
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as on an interrupt, nothing half-written stays
-    args = parse_args()
+    args = command_line().parse_args()
+    choose_threads()
     sys.stdout.reconfigure(errors="replace")  # a phrase may hold what the terminal has no letters for
     with exit_on_user_error("predict.py"):
         jobs = find_jobs(args.image, args.phrase)

@@ -49,3 +49,11 @@ def at_least(kind: type, least: float):
         return value
 
     return parse
+
+
+def band_numbers(text: str) -> tuple[int, ...]:
+    """A `type=` of argparse: one band number or three."""
+    numbers = text.split(",")
+    if len(numbers) not in (1, 3) or not all(n.strip().isdecimal() and int(n) for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one band number or three, as 4,3,2")
+    return tuple(map(int, numbers))

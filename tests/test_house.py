@@ -2,6 +2,7 @@
 
 import ast
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,21 @@ def test_sizes():
                 most = 60 if isinstance(node, ast.FunctionDef) else 120
                 assert node.end_lineno - node.lineno < most, f"{path}: {node.name} is over {most} lines"
     assert len([action for action in command_line()._actions if action.dest != "help"]) <= 17
+
+
+PROGRAMS = [path for path in TREES if 'if __name__ == "__main__":' in (ROOT / path).read_text()]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=str)
+def test_help_and_a_mistyped_flag_need_no_library_that_takes_seconds(path):
+    program = [path] if len(path.parts) == 1 else ["-m", ".".join(path.with_suffix("").parts).removesuffix(".__main__")]
+    for flag, code in (("--help", 0), ("--misspelt", 2)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-X", "importtime", *program, flag], cwd=ROOT, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == code and ("usage: " in done.stdout if code == 0 else "error: " in done.stderr), done.stderr
+        assert not re.search(r"\| +(torch|open_clip|sam2|timm)$", done.stderr, re.MULTILINE)
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_no_file_changes_the_import_path():

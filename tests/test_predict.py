@@ -17,11 +17,12 @@ from PIL import Image
 from test_imagery import Look, clear, ramps, red, red_logits, save, write_tiff
 
 import predict
+from annotations.jobs import find_jobs
 from data import open_dataset
 from evaluate import score
 from imagery import plain, results
 from model import RS2SAM2
-from predict import RS2SAM2Predictor, find_jobs
+from predict import RS2SAM2Predictor
 from presets import PRESETS, RECIPES
 from runtime.errors import UserError
 from synthetic_scenes.scenes import make_scenes
@@ -162,6 +163,8 @@ def test_jobs_of_folders_lists_and_images(tmp_path):
     *jobs, bad = find_jobs([table], [])
     assert jobs == [(a, "the ship, left", 1, ""), (a, "w", 2, ""), (b, "z", 1, "")] and "line 5" in bad.fault
     assert len(find_jobs([b, table], ["x"])) == 5
+    *jobs, gone = find_jobs([b, tmp_path / "gone.png"], ["x"])  # costs itself alone
+    assert jobs == [(b, "x", 1, "")] and gone[:3] == (tmp_path / "gone.png", "x", 1) and "no image" in gone.fault
     table.write_text(" Phrase;IMAGE\nthe ship, left;sub\\a.jpg\n;\n")  # as spreadsheets and Windows write it
     assert find_jobs([table], []) == [(tmp_path / "sub/a.jpg", "the ship, left", 1, "")]
     empty.mkdir()

@@ -1,21 +1,26 @@
 """What surrounds a run, by itself: files written whole, signals, processes and their end, devices, averaged weights."""
 
 import errno
+import itertools
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
-from runtime import devices, processes, run_folder
+from runtime import devices, processes, progress, run_folder
 from runtime.arguments import at_least
 from runtime.averaging import AveragedWeights
 from runtime.errors import UserError, exit_on_user_error
+from runtime.progress import Progress
 from runtime.signals import StopSignal, ignore_signals
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +108,46 @@ def test_numbers_of_a_command_line():
     for kind, text, told in ((int, "0", "an integer of 1"), (int, "x", "an integer"), (float, "nan", "a number of 1")):
         with pytest.raises(Exception, match=f"'{text}' is not {told}"):
             at_least(kind, 1)(text)
+
+
+def test_ctrl_c_is_one_line():
+    script = "import argparse, atexit, os, signal; from runtime.arguments import answer_early; atexit.register(print, 'end')"
+    script += "; answer_early(argparse.ArgumentParser('x.py'), []); os.kill(os.getpid(), signal.SIGINT); print('it goes on')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "end\n", "\nx.py: interrupted\n")
+    fault = subprocess.run([sys.executable, "-c", script.replace("os.kill(os.getpid(), signal.SIGINT)", "1 / 0")],
+                           capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+    assert fault.returncode == 1 and "Traceback" in fault.stderr and "ZeroDivisionError" in fault.stderr
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    now = itertools.count(step=20)  # seconds: every look at the clock
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with Progress(total=40, desc="scoring", unit="img", mininterval=0) as bar:
+        for n in range(4):
+            bar.set_postfix(loss=f"{n}")
+            bar.update(10)
+            Progress.write(f"line {n}")
+    out, err = capsys.readouterr()
+    assert out == "line 0\nline 1\nline 2\nline 3\n"
+    lines = err.splitlines()
+    assert lines and all(re.match(r"scoring: \d+ of 40 in 00:00, .* left, .*img(/s)?.*, loss=\d$", line) for line in lines), err
+    monkeypatch.undo()
+    assert list(Progress(range(3), "fast")) == [0, 1, 2] and capsys.readouterr().err == ""  # a minute is not over
+
+
+def test_threads_are_as_many_as_cores_are_free(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for load in (0.2, 3.4, 7.9, 30.0):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        devices.choose_threads()
+    assert chosen == [8, 5, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    devices.choose_threads()
+    assert len(chosen) == 4  # the user's own
 
 
 def test_devices(monkeypatch):
@@ -194,6 +239,7 @@ import os, signal, sys, time
 from pathlib import Path
 from runtime.errors import UserError, exit_on_user_error
 from runtime.processes import gather, process_group, rank, world_size
+from runtime.progress import Progress
 from runtime.signals import StopSignal
 
 how, stop = sys.argv[1], StopSignal()
