@@ -81,7 +81,7 @@ class Picture:
     shape: tuple[int, int]  # H, W
     size: tuple[int, int]  # H, W of the image's file
     tile: tuple[int, int] | None = None  # the tile's left and top corner in the scaled image
-    categories: list[str] = field(default_factory=list)  # all that the file knows
+    categories: list[str] = field(default_factory=list)  # all that the file has objects of
     unseen: int = 0  # annotations that cover no pixel
 
 
@@ -95,20 +95,20 @@ class InstancesFile:
             self.images = content["images"]
             self.categories = {c["id"]: c["name"].replace("_", " ").replace("-", " ").lower() for c in content["categories"]}
             self.annotations = {image["id"]: [] for image in self.images}
+            self.names = [Path(image["file_name"]).as_posix() for image in self.images]
+            self.sizes = [(image["height"], image["width"]) for image in self.images]
+            for what, values in (("id", [image["id"] for image in self.images]), ("file_name", self.names)):
+                if twice := [value for value, count in Counter(values).items() if count > 1]:
+                    raise UserError(f"several images of {path} have one {what} ({len(twice):,} times, {twice[0]} ...): give "
+                                    "each its own")  # fmt: skip
             for a in content["annotations"]:
                 if a["image_id"] not in self.annotations or a["category_id"] not in self.categories or not a["segmentation"]:
                     self._refuse(a)
-                self.annotations[a["image_id"]].append(a)
-            self.names = [Path(image["file_name"]).as_posix() for image in self.images]
-            self.sizes = [(image["height"], image["width"]) for image in self.images]
+                self.annotations[a["image_id"]].append(a | {"id": str(a["id"])})
         except (AttributeError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{path} is not a file of COCO instances ({reason}): give one with images, annotations and "
                             "categories") from None  # fmt: skip
-        for what, values in (("id", [image["id"] for image in self.images]), ("file_name", self.names)):
-            if twice := [value for value, count in Counter(values).items() if count > 1]:
-                raise UserError(f"{len(twice):,} times several images of {path} have one {what} ({twice[0]} ...): give each "
-                                "its own")  # fmt: skip
         if missing := [name for name in self.names if not os.path.exists(folder / name)]:
             raise UserError(f"{len(missing):,} of {len(self.names):,} images of {path} are not in {folder} ({missing[0]} ...): "
                             "give their folder by --images")  # fmt: skip
@@ -137,7 +137,7 @@ class InstancesFile:
         found = []
         for image, name, size, where in zip(self.images, self.names, self.sizes, self.splits):
             for a in self.annotations[image["id"]] if where == split else []:
-                area = a["area"] if "area" in a else self._mask(a, name, size).sum()
+                area = a.get("area") or self._mask(a, name, size).sum()
                 if area >= min_share * size[0] * size[1] and not a.get("iscrowd"):
                     found.append(self._sample(a, name, size, split))
         return found
@@ -145,7 +145,7 @@ class InstancesFile:
     def _sample(self, annotation: dict, name: str, size: tuple[int, int], split: str) -> Sample:
         parts = annotation["segmentation"]
         return Sample(
-            id=str(annotation["id"]), split=split, image=str(self.folder / name), phrases=("",), kinds=("",),
+            id=annotation["id"], split=split, image=str(self.folder / name), phrases=("",), kinds=("",),
             category=self.categories[annotation["category_id"]], size=size,
             mask=tuple(parts) if isinstance(parts, list) else (parts,),
         )  # fmt: skip
@@ -159,7 +159,8 @@ class InstancesFile:
 
     def pictures(self, tile: int | None = None, scale: float = 1.0) -> Iterator[Picture]:
         """Every image, or its tiles of tile x tile pixels that have objects, after scaling by `scale`."""
-        categories = sorted(set(self.categories.values()))
+        used = {a["category_id"] for annotations in self.annotations.values() for a in annotations}
+        categories = sorted({self.categories[number] for number in used})
         for image, name, size, split in zip(self.images, self.names, self.sizes, self.splits):
             instances, annotations = [], self.annotations[image["id"]]
             for a in annotations:

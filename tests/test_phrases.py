@@ -5,13 +5,16 @@ import json
 import math
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from annotations import phrases
+from annotations import phrases, predicates
+from annotations.instances import InstancesFile, cut
+from annotations.masks import load_mask
 from data import open_dataset
 from runtime.errors import UserError
 
@@ -202,17 +205,192 @@ def test_splits_are_drawn_by_image_where_the_file_has_none(tmp_path):
     assert {*splits.values()} == {"train", "val", "test"}
 
 
+# ---- the predicates, by values on both sides of each margin -------------------------------------------------------------
+
+
+def thing(x=0.5, y=0.5, area=100.0, apart=1.0):
+    return SimpleNamespace(centre=(x, y), area=area, box=(x, y, x, y), distance=lambda other: apart)
+
+
+@pytest.mark.parametrize(("outcome", "true", "unclear", "false"), [
+    (lambda x: predicates.is_at(thing(x=x), "left"), (0, 0.39), (0.4, 0.49), (0.5, 1)),
+    (lambda x: predicates.is_at(thing(x=x), "right"), (0.61, 1), (0.51, 0.6), (0, 0.5)),
+    (lambda y: predicates.is_at(thing(y=y), "top"), (0, 0.39), (0.4, 0.49), (0.5, 1)),
+    (lambda y: predicates.is_at(thing(y=y), "bottom"), (0.61, 1), (0.51, 0.6), (0, 0.5)),
+    (lambda x: predicates.is_at(thing(x=x), "middle"), (0.39, 0.61), (0.37, 0.7), (0.27, 0.73)),
+    (lambda x: predicates.is_at(thing(x=x, y=0.2), "upper left"), (0, 0.39), (0.4, 0.49), (0.5, 1)),
+    (lambda x: predicates.is_at(thing(x=x, y=0.45), "upper left"), (), (0, 0.49), (0.5, 1)),
+    (lambda a: predicates.is_towards(thing(*turned(a)), thing(), 0), (-22, 22), (-61, 23, 61), (62, 180, 298)),
+    (lambda a: predicates.is_towards(thing(*turned(a)), thing(), 270), (249, 291), (-30, 240), (0, 90, 180)),
+    (lambda a: predicates.is_towards(thing(*turned(a)), thing(), 45), (26, 64), (4, 24, 66, 86), (2, 88, 225)),
+    (lambda x: predicates.is_most(thing(x), [thing(0.5), thing(0.7)], "leftmost"), (0.1, 0.41), (0.43, 0.49), (0.5, 0.9)),
+    (lambda y: predicates.is_most(thing(y=y), [thing(y=0.5)], "bottommost"), (0.59, 1), (0.51, 0.57), (0.1, 0.5)),
+    (lambda a: predicates.is_most(thing(area=a), [thing(), thing(area=50)], "largest"), (151, 900), (110, 149), (99, 10)),
+    (lambda a: predicates.is_most(thing(area=a), [thing()], "smallest"), (1, 66), (68, 99), (100, 900)),
+    (lambda a: predicates.is_sized(thing(area=a), [*[thing()] * 2, thing(area=9)], "large"), (200, 900), (126, 199), (1, 125)),
+    (lambda a: predicates.is_sized(thing(area=a), [thing()], "small"), (1, 50), (51, 79), (80, 900)),
+    (lambda d: predicates.is_near(thing(apart=d), thing()), (0, 0.04), (-0.01, 0.05, 0.11), (0.12, 1)),
+    (lambda x: predicates.is_near(thing(x=x, apart=0), thing()), (0.5, 0.61), (), (0.63, 0.9)),
+])  # fmt: skip
+def test_three_outcomes(outcome, true, unclear, false):
+    assert [[outcome(v) for v in values] for values in (true, unclear, false)] == [
+        [True] * len(true), [None] * len(unclear), [False] * len(false)]  # fmt: skip
+
+
+def turned(angle: float) -> tuple[float, float]:
+    """A place that lies at an angle from the middle, in degrees: 0 is to the right, 90 below."""
+    return 0.5 + 0.3 * math.cos(math.radians(angle)), 0.5 + 0.3 * math.sin(math.radians(angle))
+
+
+def test_and_of_three_outcomes():
+    values = (True, None, False)
+    assert [[predicates.both(a, b) for b in values] for a in values] == [[True, None, False], [None, None, False], [False] * 3]
+
+
+# ---- what is said of a few objects ---------------------------------------------------------------------------------------
+
+
+def said(folder, *things, options=(), **image):
+    """Phrases made of an image with things (x, y, w, h, category, crowd) -> rows. Keywords change the image's entry."""
+    folder.mkdir(exist_ok=True)
+    content = coco_file(folder, 1)
+    names = list(CATEGORIES)
+    content["annotations"] = []
+    for n, (x, y, w, h, *rest) in enumerate(things):
+        name, crowd = (*rest, *("ship", 0)[len(rest) :])
+        names += [name] if name not in names else []
+        outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        if crowd:  # by columns from the top: of nothing and of the mask, in turns
+            runs = [x * SIDE + y, *[h, SIDE - h] * (w - 1), h]
+            outline = {"size": [SIDE, SIDE], "counts": [*runs, SIDE**2 - sum(runs)]}
+        content["annotations"].append({"id": n, "image_id": 0, "category_id": names.index(name) + 1, "segmentation": outline}
+                                      | ({"iscrowd": 1} if crowd else {}))  # fmt: skip
+    content["categories"] = [{"id": n, "name": name} for n, name in enumerate(names, start=1)]
+    content["images"][0].update(image)
+    (folder / "instances.json").write_text(json.dumps(content))
+    return made(folder, *(options or ("--phrases", "60")))
+
+
+def texts(rows, kind: str) -> set[str]:
+    return {row["phrase"] for row in rows if row["kind"] == kind}
+
+
+def test_of_a_crowd_the_whole_group_alone_is_said(tmp_path):
+    rows = said(tmp_path, (5, 5, 20, 20, "ship", 1), (70, 70, 20, 20), (70, 10, 20, 20, "storage tank"))
+    assert {row["category"] for row in rows} == {"ship", "storage tank"} and {row["phrase"] for row in rows} >= {"All ships"}
+    assert {row["kind"] for row in rows if row["category"] == "ship"} == {"group"}
+    mask = cv2.imread(str(tmp_path / "out" / "masks" / next(row["mask"] for row in rows if row["kind"] == "group")), 0)
+    assert (mask > 0).sum() == 800 and (mask[5:25, 5:25] > 0).all()
+    assert not re.search("ships?|boats?|vessels?", " ".join(row["phrase"] for row in rows if row["category"] != "ship"))
+
+
+def test_near_is_said_of_neighbours_not_of_what_lies_in_another(tmp_path):
+    ring = (10, 10, 60, 60, "large vehicle")
+    near = "^The (ship|boat|vessel) (next to|near) the large vehicle"
+    relations = texts(said(tmp_path / "in", ring, (30, 30, 10, 10), (85, 85, 10, 10)), "relation")
+    assert not any(re.match(near, text) for text in relations)
+    relations = texts(said(tmp_path / "beside", ring, (72, 30, 10, 10), (5, 90, 10, 10)), "relation")
+    assert any(re.match(near, text) for text in relations)
+
+
+def test_distance_is_between_masks_not_boxes():
+    corner = np.zeros((50, 100), np.uint8)
+    corner[:, :10] = corner[40:] = 1  # an L, whose box holds the other
+    other = np.zeros((50, 100), np.uint8)
+    other[5:15, 40:60] = 1
+    a, b = (cut("ship", mask, False, mask.shape) for mask in (corner, other))
+    assert a.distance(b) == b.distance(a) == pytest.approx(0.25) and a.distance(a) < 0  # rows 15 to 39 between them, of 100
+
+
+def test_groups_have_members_that_can_be_seen(tmp_path):
+    small = [(60, 10, 3, 3), (60, 30, 3, 3), (60, 50, 3, 3)]
+    assert not texts(said(tmp_path / "a", (10, 10, 20, 20), *small), "group")
+    rows = said(tmp_path / "b", (10, 10, 20, 20), (10, 50, 20, 20), *small[:1])
+    assert texts(rows, "group") and all(row["mask"] for row in rows)
+    two = texts(said(tmp_path / "c", (5, 5, 9, 9), (80, 80, 9, 9)), "group")
+    assert {text.split()[0] for text in two} == {"The", "All", "Both"} and not any("All two" in text for text in two)
+
+
+def test_names_are_not_shared_by_two_categories(tmp_path):
+    apart = (10, 10, 20, 20, "plane"), (70, 70, 20, 20, "helicopter")
+    assert texts(said(tmp_path / "two", *apart), "category") == {
+        "A plane", "The plane", "An airplane", "The airplane", "A helicopter", "The helicopter"}  # fmt: skip
+    assert "An aircraft" in texts(said(tmp_path / "one", apart[0]), "category")
+    rows = said(tmp_path / "size", (5, 5, 30, 30, "large vehicle"), (70, 70, 9, 9, "large vehicle"))
+    assert {row["kind"] for row in rows} == {"position", "superlative", "relation", "group"}
+    assert not re.search("largest|biggest|smallest", " ".join(row["phrase"] for row in rows))
+
+
+def test_absent_phrases_name_nothing_that_is_there(tmp_path):
+    """A container ship is a ship: only categories that the file has elsewhere can be absent, and by no word of one here."""
+    content = coco_file(tmp_path, 2)
+    box = {"segmentation": [[10, 10, 40, 10, 40, 40, 10, 40]]}  # neither area nor iscrowd
+    content["categories"].append({"id": 9, "name": "background"})
+    content["annotations"] = [{"id": n, "image_id": n // 3, "category_id": c} | box for n, c in enumerate((4, 4, 4, 1, 2, 4))]
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    rows = [row for row in made(tmp_path, "--absent", "1") if row["kind"] == "absent"]
+    assert len(rows) == 1 and rows[0]["image"] == "0.png" and "tank" in rows[0]["phrase"]
+
+
+def test_tiles_cover_all_of_an_image(tmp_path):
+    rows = said(tmp_path, (2, 2, 14, 14), (82, 82, 14, 14), options=("--tile", "40"))
+    assert {row["image"] for row in rows} == {"0-0-0.png", "0-60-60.png"}
+    masks = [cv2.imread(str(tmp_path / "out" / "masks" / row["mask"]), 0) for row in rows]
+    assert {mask.shape for mask in masks} == {(40, 40)}
+    assert {cv2.boundingRect(mask) for mask in masks} == {(2, 2, 14, 14), (22, 22, 14, 14)}
+
+
+def test_an_object_that_scaling_would_lose_still_counts(tmp_path):
+    rows = said(tmp_path, (10, 10, 40, 40), (81, 81, 1, 1), options=("--scale", "0.25", "--phrases", "60"))
+    assert not texts(rows, "category") and {row["mask"] for row in rows} >= {"0-0.png"}
+
+
+def test_names_of_files(tmp_path, capsys):
+    """Images in folders and of one name keep files of their own; one without annotations gets an absent phrase alone."""
+    content, names = coco_file(tmp_path, 4, crowds=False), ("a/0.png", "0.png", "0.jpg", "1.png")
+    (tmp_path / "images" / "a").mkdir()
+    for image, name, split in zip(content["images"], names, ("Training", "train", "train", "val")):
+        cv2.imwrite(str(tmp_path / "images" / name), np.zeros((SIDE, SIDE, 3), np.uint8))
+        image.update(file_name=name, split=split)
+    content["annotations"] = [a | {"area": None, "iscrowd": 0} for a in content["annotations"] if a["image_id"] != 3]
+    content["annotations"][0]["segmentation"] = [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]  # covers no pixel
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    rows = made(tmp_path)
+    assert {(row["image"], row["split"]) for row in rows} == {
+        ("a-0.png", "train"), ("0-png.png", "train"), ("0-jpg.jpg", "train"), ("1.png", "absent")}  # fmt: skip
+    assert "1 cover no pixel" in capsys.readouterr().out
+    named = [row["mask"] for row in rows if row["mask"]]
+    assert {*named} == {path.name for path in (tmp_path / "out" / "masks").iterdir()}
+    assert {row["image"] for row in rows} == {path.name for path in (tmp_path / "out" / "images").iterdir()}
+    samples = InstancesFile(tmp_path / "instances.json", tmp_path / "images").samples("train", 0.05)
+    assert samples and all(load_mask(sample, (SIDE, SIDE)).mean() >= 0.05 for sample in samples)
+
+
 @pytest.mark.parametrize(("change", "words"), [
     (lambda c: c.pop("categories"), "not a file of COCO instances"),
     (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "annotation 0 of"),
     (lambda c: c["images"][0].update(file_name="no.png"), "1 of 2 images"),
+    (lambda c: c["annotations"][0].update(image_id=77), "annotation 0 of .* has image_id 77, which the file doesn't list"),
+    (lambda c: c["annotations"][0].update(category_id=77), "has category_id 77"),
+    (lambda c: c["annotations"][0].update(segmentation=[]), "annotation 0 of .* has no mask"),
+    (lambda c: c["annotations"][0].pop("segmentation"), "KeyError: 'segmentation'"),
+    (lambda c: c["images"][0].pop("split"), "1 of 2 images of .* have no split"),
+    (lambda c: c["images"][0].update(id=1), "several images of .* have one id"),
+    (lambda c: c["images"][0].update(file_name="1.png"), "several images of .* have one file_name"),
+    (lambda c: [image.update(width=150, height=150) for image in c["images"]], "is 100 x 100 pixels large, and 150 x 150"),
+    (lambda c: [image.update(file_name=name) for image, name in zip(c["images"], ("a/0.png", "a-0.png"))], "rename one"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_sentence(tmp_path, change, words):
-    content = coco_file(tmp_path, 2)
+    content = coco_file(tmp_path, 2, crowds=False)
+    content["annotations"] = [a for a in content["annotations"] if isinstance(a["segmentation"], list)]
+    content["annotations"][0]["id"] = 0
+    (tmp_path / "images" / "a").mkdir()
+    for name in ("a/0.png", "a-0.png"):
+        (tmp_path / "images" / name).write_bytes((tmp_path / "images" / "0.png").read_bytes())
     change(content)
     (tmp_path / "instances.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=words):
-        made(tmp_path)
+        made(tmp_path, "--tile", "50")
     assert not (tmp_path / "out").exists()
 
 
