@@ -362,8 +362,8 @@ def test_names_of_files(tmp_path, capsys):
     named = [row["mask"] for row in rows if row["mask"]]
     assert {*named} == {path.name for path in (tmp_path / "out" / "masks").iterdir()}
     assert {row["image"] for row in rows} == {path.name for path in (tmp_path / "out" / "images").iterdir()}
-    samples = InstancesFile(tmp_path / "instances.json", tmp_path / "images").samples("train", 0.05)
-    assert samples and all(load_mask(sample, (SIDE, SIDE)).mean() >= 0.05 for sample in samples)
+    samples = InstancesFile(tmp_path / "instances.json", tmp_path / "images").samples("train", 0.005)
+    assert samples and all(load_mask(sample, (SIDE, SIDE)).mean() >= 0.005 for sample in samples)
 
 
 @pytest.mark.parametrize(("change", "words"), [
