@@ -1,6 +1,6 @@
-"""Every number that fixes a network (Preset) and its training (Recipe), for the four models that `--model` names.
+"""Every number that fixes a network (Preset) and its training (Recipe), for the five models that `--model` names.
 
-    tiny    learns generated scenes on a CPU in minutes          base, large    SAM 2.1 with a CLIP of open_clip
+    tiny    learns generated scenes on a CPU in minutes    small, base, large    SAM 2.1 with a CLIP of open_clip
     paper   the published network and recipe: SAM 2 Hiera-L with BEiT-3-L
 
 A model of your own is an entry in PRESETS, and in RECIPES only where the default Recipe is not its own. Checkpoints hold
@@ -95,6 +95,15 @@ PRESETS = {
         image_size=128,
         reduction=1,
         train_trunk=True,
+    ),
+    "small": Preset(
+        architecture=OURS,
+        sam2="sam2.1/sam2.1_hiera_t.yaml",
+        encoder="open_clip",
+        encoder_name="ViT-B-32",
+        encoder_tag="laion2b_s34b_b79k",
+        encoder_args={"width": 512, "joint_layers": 4, "joint_heads": 8},
+        image_size=512,
     ),
     "base": Preset(
         architecture=OURS,

@@ -30,7 +30,7 @@ from presets import PRESETS, RECIPES
 from weights.checkpoints import skip_initialisation
 
 LENGTH = 32  # text tokens, as most phrases are padded to
-CARDS = (16, 24, 80)  # GB
+CARDS = (8, 16, 24, 80)  # GB
 # Memory of a card that tensors can't have: the CUDA context and the kernels' workspaces; and the gaps between tensors.
 CONTEXT, GAPS = 0.8 * 2**30, 1.05
 
@@ -134,7 +134,7 @@ def training_memory(name: str, checkpointing: bool) -> tuple[float, float]:
     """Bytes of a training step in bfloat16 autocast, without compilation: (whatever the batch, for each image).
 
     The first are weights, gradients, AdamW's two moments (Muon has but one, so `tiny` needs less), averaged weights and the
-    weights' copies in bfloat16; the second the slope of the largest total of live tensors between 2 and 3 images.
+    weights' copies in bfloat16; the second the slope of the largest total of live tensors between 16 and 17 images.
     """
     peaks = []
     with fake_model(name, None) as model:
@@ -142,7 +142,7 @@ def training_memory(name: str, checkpointing: bool) -> tuple[float, float]:
         model.image_encoder.checkpoint_activations = checkpointing
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = 4 * count_parameters(model)["trained"]
-        for size in (2, 3):
+        for size in (16, 17):
             *inputs, target = random_batch(model, size, "cpu")
             model.zero_grad()
             with Live() as live:
@@ -154,7 +154,7 @@ def training_memory(name: str, checkpointing: bool) -> tuple[float, float]:
     image = peaks[1] - peaks[0]
     # Gradients are whole only after the last block's activations are gone: whichever is more.
     steady = weights + trained * (2 + (RECIPES[name].ema > 0))
-    return steady + max(peaks[0] - 2 * image, trained), image
+    return steady + max(peaks[0] - 16 * image, trained), image
 
 
 def memory_table() -> str:

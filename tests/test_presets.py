@@ -1,4 +1,4 @@
-"""The records of the four models, what `--set` may change of them, and the paper's against the published configuration."""
+"""The records of the five models, what `--set` may change of them, and the paper's against the published configuration."""
 
 import ast
 import math
@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from torch.utils._device import DeviceContext
@@ -15,9 +16,11 @@ from encoder import BEiT3Encoder
 from fusion import PUBLISHED, Architecture
 from losses import TERMS
 from model import RS2SAM2, count_parameters
-from presets import OURS, PRESETS, RECIPES, Recipe, differences, in_words, settings_of, with_settings
+from presets import OURS, PRESETS, RECIPES, Recipe, differences, find_preset, in_words, settings_of, with_settings
 from runtime.errors import UserError
 from train import learning_rate, parameter_groups
+from weights.checkpoints import skip_initialisation
+from weights.foundation import SIZES, sam2_on_hub
 from weights.names import is_unused, our_name
 from weights.recipes import news, resolve
 
@@ -25,9 +28,21 @@ PUBLISHED_FACTS = Path(os.environ.get("FIXTURES", "")) / "full" / "state_dict_ke
 
 
 def test_every_preset_has_a_recipe_whose_loss_is_known():
-    assert PRESETS.keys() == RECIPES.keys() and RECIPES["base"] == RECIPES["large"] == Recipe()
+    assert PRESETS.keys() == RECIPES.keys() and RECIPES["small"] == RECIPES["base"] == RECIPES["large"] == Recipe()
     for recipe in RECIPES.values():
         assert recipe.losses.keys() <= TERMS.keys() and len(recipe.losses) >= 3
+
+
+def test_preset_small():
+    """SAM 2.1 Hiera-T and a CLIP ViT-B-32, RemoteCLIP's size, whose files are known to the hub and to open_clip."""
+    with skip_initialisation():
+        model = RS2SAM2(preset := find_preset("small"))
+    assert count_parameters(model) == {"total": 201_699_739, "trained": 173_795_190, "frozen": 27_904_549}
+    assert (model.union_encoder.grid, model.union_encoder.image_size, preset.image_size) == (7, 224, 512)
+    assert sam2_on_hub(preset.sam2).repository == "facebook/sam2.1-hiera-tiny" and SIZES[preset.sam2] < 156e6
+    assert preset.encoder_tag in open_clip.list_pretrained_tags_by_model("ViT-B-32") and SIZES[preset.encoder_tag] < 606e6
+    with pytest.raises(UserError, match="--model huge is no preset: it is one of tiny, small, base, large, paper"):
+        find_preset("huge")
 
 
 def test_a_preset_of_one_s_own_is_one_line_with_the_default_recipe():

@@ -21,6 +21,7 @@ from weights.hub import TOKENIZERS, HubFile, cached, fetch
 SIZES = {
     "sam2/sam2_hiera_l.yaml": 897.7e6, "sam2.1/sam2.1_hiera_l.yaml": 897.8e6, "sam2.1/sam2.1_hiera_b+.yaml": 323.4e6,
     "laion2b_s34b_b88k": 598.5e6, "laion2b_s32b_b82k": 1710.5e6, "beit3": 2690.8e6,
+    "sam2.1/sam2.1_hiera_t.yaml": 155.8e6, "laion2b_s34b_b79k": 605.1e6,
 }  # fmt: skip
 
 
