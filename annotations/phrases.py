@@ -313,13 +313,13 @@ def file_stems(names: list[str]) -> dict[str, str]:
 def make(args: argparse.Namespace, part: Path) -> None:
     """Write the data set into the folder `part`, and say what came out."""
     source, left_out, count, used = InstancesFile(args.instances, args.images), Counter(), Counter(), set()
-    stems = file_stems(source.names)
+    stems, total = file_stems(source.names), None if args.tile else len(source.names)
     (part / "images").mkdir(parents=True)
     (part / "masks").mkdir()
     with open(part / "phrases.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["image", "mask", "phrase", "split", "category", "kind"])
         writer.writeheader()
-        for picture in Progress(source.pictures(args.tile, args.scale), "phrases", unit=" images"):
+        for picture in Progress(source.pictures(args.tile, args.scale), "phrases", total, unit=" images"):
             stem = stems[picture.name]
             stem += "" if picture.tile is None else "-{}-{}".format(*picture.tile)
             image = stem + (Path(picture.name).suffix if picture.tile is None and args.scale == 1 else ".png")
