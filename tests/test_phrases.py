@@ -167,6 +167,7 @@ def test_a_tiny_second_object_forbids_the_bare_category(tmp_path):
     assert {row["mask"] for row in rows} == {"0-0.png", "0-1.png"}  # the large one, and both as a group
     assert not [row for row in rows if re.fullmatch("(A|The) (ship|boat|vessel)", row["phrase"])]
     assert {row["kind"] for row in rows} == {"position", "size", "superlative", "group"}
+    assert all(text.startswith("The ") for text in texts(rows, "superlative"))  # there is but one
 
 
 def test_tiles(tmp_path, capsys):
