@@ -283,6 +283,7 @@ def test_of_a_crowd_the_whole_group_alone_is_said(tmp_path):
     rows = said(tmp_path, (5, 5, 20, 20, "ship", 1), (70, 70, 20, 20), (70, 10, 20, 20, "storage tank"))
     assert {row["category"] for row in rows} == {"ship", "storage tank"} and {row["phrase"] for row in rows} >= {"All ships"}
     assert {row["kind"] for row in rows if row["category"] == "ship"} == {"group"}
+    assert not [row for row in rows if " two " in row["phrase"] or row["phrase"].startswith("Both")]  # a crowd isn't counted
     mask = cv2.imread(str(tmp_path / "out" / "masks" / next(row["mask"] for row in rows if row["kind"] == "group")), 0)
     assert (mask > 0).sum() == 800 and (mask[5:25, 5:25] > 0).all()
     assert not re.search("ships?|boats?|vessels?", " ".join(row["phrase"] for row in rows if row["category"] != "ship"))
