@@ -25,10 +25,11 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
-from runtime.arguments import answer_early, at_least, band_numbers
+from runtime.arguments import answer_early, at_least, band_numbers, share
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -46,6 +47,10 @@ def command_line() -> argparse.ArgumentParser:
     add("--bands", type=band_numbers, metavar="R,G,B", help="bands to look at, from 1 (default: those named red, "
         "green and blue, else the first three)")  # fmt: skip
     add("--batch", type=at_least(int, 1), default=8, help="images or tiles at once (default: 8)")
+    add("--threshold", type=share, default=0.5, metavar="P", help="the mask is where the probability is above P (default: 0.5)")
+    add("--min-area", type=at_least(int, 0), default=0, metavar="PIXELS", help="leave out connected parts that are smaller")
+    add("--probabilities", action="store_true", help="write the probability of each pixel too, a TIFF of float32")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: the CUDA card where there is one, else the CPU)")
     return parser
 
 
@@ -58,20 +63,22 @@ from PIL import Image
 
 from annotations.jobs import find_jobs
 from annotations.samples import clean_phrase
+from imagery.foreground import foreground, mask_score_logits
+from imagery.foreground import probabilities as probability
 from imagery.pixels import resize_image
 from imagery.plain import Scene
-from imagery.results import Job, ResultFolder, mask_score_logits, readable
+from imagery.results import Job, ResultFolder, readable
 from imagery.scenes import as_scene, open_scene
-from imagery.tiles import TILE, TILINGS, batches, is_large, scene_rows
-from model import RS2SAM2
-from runtime.devices import choose_threads, compute_dtype
+from imagery.tiles import TILE, TILINGS, batches, coarseness_note, is_large, scene_rows
+from model import RS2SAM2, Output
+from runtime.devices import choose_threads, compute_dtype, usable_device
 from runtime.errors import UserError, exit_on_user_error
 from runtime.progress import Progress
 from weights.checkpoints import load_checkpoint, model_entries
-from weights.provenance import origin_note, provenance, unknown_words_note, weights_line
+from weights.provenance import in_words, origin_note, provenance, unknown_words_note, weights_line
 from weights.saved import save_folder
 
-OneImage = str | Path | Image.Image | np.ndarray
+OneImage = str | Path | Image.Image | np.ndarray | torch.Tensor
 
 
 class RS2SAM2Predictor:
@@ -84,6 +91,7 @@ class RS2SAM2Predictor:
     def __init__(self, model: RS2SAM2, dtype: torch.dtype | None = None, facts: dict | None = None):
         """model: on the device to predict on. dtype: to compute in, see `dtype`. facts: what its checkpoint says of it."""
         self.model, self._dtype, self.facts = model, dtype, facts or {}
+        self._turn = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -94,7 +102,7 @@ class RS2SAM2Predictor:
 
         device: by default the CUDA card where there is one, else the CPU. UserError where the checkpoint can't be loaded.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, facts = load_checkpoint(path, device)
         return cls(model, dtype, facts)
 
@@ -117,52 +125,68 @@ class RS2SAM2Predictor:
 
     def predict(
         self, image: OneImage | list[OneImage], phrase: str | list[str], tile: int | None = None, tiling: str = "scene",
-        batch: int = 8,
+        batch: int = 8, *, bands: tuple[int, ...] | None = None, threshold: float = 0.5, min_area: int = 0,
+        probabilities: bool = False,
     ) -> tuple[np.ndarray, float, np.ndarray] | tuple[list[np.ndarray], list[float], list[np.ndarray]]:  # fmt: skip
         """The mask of what the phrase names, in the image as it is meant to be seen (EXIF orientation obeyed).
 
         Args:
-            image: a path, a PIL image or a uint8 RGB array (H, W, 3); or a list of them.
+            image: a path; a PIL image; an array (H, W), (H, W, 3) or, the last one being alpha, (H, W, 4); a tensor (H, W) or
+                (C, H, W); or a list of them. Values that are not of 8 bits are stretched as those of files.
             phrase: what to find; or a list of phrases. Two lists are pairs.
             tile: images over `tile` pixels a side are cut into tiles of that size; None: those over 2,048 into 1,024.
             tiling: "scene", where the phrase is about the whole image, or "independent": about each tile (imagery/tiles.py).
             batch: images or tiles in one forward pass.
+            bands: numbers, from 1, of one or three bands to look at; by default the first three.
+            threshold: the mask is where the probability is above it.
+            min_area: connected parts of fewer pixels are left out of the mask.
+            probabilities: give them in place of the logits.
 
         Returns:
             (mask, score, logits): the mask, bool (H, W); the mean probability inside it, 0.0 where it is empty; and the
-            logits, float32 (H, W) at the image's size, positive on the mask. Lists of each where image or phrase is a list.
-            Where the image has no data (alpha 0, nodata of a GeoTIFF), the mask is False whatever the logits.
-            UserError, in one sentence, for an image that can't be read, an empty phrase or a wrong option.
+            logits, float32 (H, W) at the image's size, positive on the mask, or the probabilities. Lists of each where image
+            or phrase is a list. Where the image has no data (alpha 0, nodata of a GeoTIFF), the mask is False whatever the
+            logits. UserError, in one sentence, for an image that can't be read, an empty phrase or a wrong option.
         """
         if tiling not in TILINGS:
             raise UserError(f"tiling {tiling!r} is unknown: it is one of {', '.join(TILINGS)}.")
-        if batch < 1 or tile is not None and tile < 1:
-            raise UserError(f"batch {batch} and tile {tile}: they must be 1 or more.")
+        if batch < 1 or tile is not None and tile < 1 or min_area < 0 or not 0 < threshold < 1:
+            raise UserError(f"batch {batch}, tile {tile}, min_area {min_area} and threshold {threshold}: the first two must be "
+                            "1 or more, the third 0 or more, the last between 0 and 1.")  # fmt: skip
         single = not isinstance(image, (list, tuple)) and not isinstance(phrase, (list, tuple))
         images, phrases = as_pairs(image, phrase)
-        for note in dict.fromkeys(note for phrase in phrases for note in self.notes(phrase)):
-            warnings.warn(note, stacklevel=2)  # which Python shows once
-        results = []
+        notes, results = [note for phrase in phrases for note in self.notes(phrase)], []
         for some in batches(zip(images, phrases), batch):
-            scenes = [as_scene(image) for image, _ in some]
+            scenes = [as_scene(image, bands) for image, _ in some]
             rows = scene_rows(self.look, scenes, [phrase for _, phrase in some], tile, tiling, batch)
-            results += map(mask_score_logits, scenes, rows)
+            for scene, strips in zip(scenes, rows):
+                mask, score, logits = mask_score_logits(scene, strips, threshold, min_area)
+                notes += [] if mask.any() else [coarseness_note(scene, tile, tiling, self.model.preset.image_size)]
+                results.append((mask, score, probability(logits).astype(np.float32) if probabilities else logits))
+        for note in dict.fromkeys(filter(None, notes)):
+            warnings.warn(note, stacklevel=2)  # which Python shows once
         return results[0] if single else tuple(map(list, zip(*results))) or ([], [], [])
 
-    @torch.inference_mode()
     def look(self, images: list[np.ndarray], phrases: list[str]) -> torch.Tensor:
         """One forward pass: uint8 RGB images (H, W, 3) of any sizes, a phrase for each -> (B, 1, S/4, S/4) float32, CPU."""
-        model, device, training = self.model, self.device, self.model.training
-        model.eval()
+        return self.output(images, phrases).logits.float().cpu()
+
+    @torch.inference_mode()
+    def output(self, images: list[np.ndarray], phrases: list[str]) -> Output:
+        """All that the model says of the images of `look`. Threads take turns."""
+        model, device = self.model, self.device
         image, encoder_image = (
             torch.stack([resize_image(image, size) for image in images]).to(device)
             for size in (model.preset.image_size, model.union_encoder.image_size)
         )  # (B, 3, S, S), (B, 3, E, E)
         ids, lengths = model.union_encoder.tokenizer(phrases)  # (B, L), (B,)
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = model(*model.normalise(image, encoder_image), ids.to(device), lengths.to(device))
-        model.train(training)
-        return output.logits.float().cpu()
+        with self._turn, torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            training = model.training
+            model.eval()
+            try:
+                return model(*model.normalise(image, encoder_image), ids.to(device), lengths.to(device))
+            finally:
+                model.train(training)
 
     def notes(self, phrase: str) -> list[str]:
         """What there is to doubt in an answer: weights that know no real image, words they never met, a phrase cut off."""
@@ -190,7 +214,10 @@ class PredictionRun:
 
     def __init__(self, predictor: RS2SAM2Predictor, args: argparse.Namespace, jobs: list[Job]):
         self.predictor, self.args, self.jobs = predictor, args, jobs
-        self.folder = ResultFolder(args.out, [job.image for job in jobs], args.overwrite)
+        kinds = ("probabilities",) if args.probabilities else ()
+        self.folder = ResultFolder(args.out, [job.image for job in jobs], args.overwrite, kinds)
+        self.weights = provenance(predictor.facts)
+        self.about = {"model": self.weights["model"], "weights": in_words(self.weights)}
         self.failures: list[tuple[Job, str]] = []
         self.told: set[str] = set()  # notes are printed once; results.jsonl has them with every result
 
@@ -233,10 +260,12 @@ class PredictionRun:
             return
         for job, scene, strips in zip(jobs, scenes, rows):
             notes = self.predictor.notes(job.phrase)
+            missed = coarseness_note(scene, args.tile, args.tiling, self.predictor.model.preset.image_size)
             settings = {"tile": args.tile or TILE, "tiling": args.tiling} if is_large(scene, args.tile) else {}
-            settings["weights"] = provenance(self.predictor.facts)
+            settings |= {"threshold": args.threshold, "min_area": args.min_area, "weights": self.weights}
             try:
-                line = self.folder.write(job, scene, strips, settings, notes)
+                strips = foreground(scene, strips, args.threshold, args.min_area)
+                line = self.folder.write(job, scene, strips, settings, self.about, notes, missed)
             except Exception as error:
                 self.fail(job, error)
                 continue
@@ -261,7 +290,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a phrase may hold what the terminal has no letters for
     with exit_on_user_error("predict.py"):
         jobs = find_jobs(args.image, args.phrase)
-        predictor = RS2SAM2Predictor.from_pretrained(args.ckpt)
+        predictor = RS2SAM2Predictor.from_pretrained(args.ckpt, args.device)
         print(weights_line(args.ckpt, predictor.facts), flush=True)
         failures = PredictionRun(predictor, args, jobs).run()
     if failures:

@@ -171,16 +171,24 @@ class PlainImage(Scene):
         return None if self.mask is None else self.mask[top : top + height]
 
     @contextlib.contextmanager
-    def mask_file(self, path: Path):
+    def mask_file(self, path: Path, tags: dict | None = None):
         """Rows are gathered and written as a PNG at the end: the image itself took three times as much memory."""
-        rows = PlainMask(self.height, self.width)
+        rows = PlainRows(np.zeros((self.height, self.width), np.uint8))
         yield rows
+        rows.pixels[rows.pixels == NODATA] = 0  # a PNG has no such value
         Image.fromarray(rows.pixels).save(path, "PNG")
 
+    @contextlib.contextmanager
+    def probability_file(self, path: Path, tags: dict | None = None):
+        """The same of float32, as a TIFF."""
+        rows = PlainRows(np.zeros((self.height, self.width), np.float32))
+        yield rows
+        Image.fromarray(rows.pixels).save(path, "TIFF", compression="tiff_adobe_deflate")
 
-class PlainMask:
-    def __init__(self, height: int, width: int):
-        self.pixels = np.zeros((height, width), np.uint8)
+
+class PlainRows:
+    def __init__(self, pixels: np.ndarray):
+        self.pixels = pixels
 
     def write(self, top: int, rows: np.ndarray) -> None:
-        self.pixels[top : top + len(rows)] = np.where(rows == NODATA, 0, rows)  # a PNG has no such value
+        self.pixels[top : top + len(rows)] = rows

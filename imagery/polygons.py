@@ -1,7 +1,7 @@
 """Mask GeoTIFFs to polygons: GeoJSON in WGS 84, with areas in square metres. Needs rasterio, shapely and pyproj.
 
 A mask is traced along its pixels' edges. A polygon's area is that of its pixels on the ellipsoid, whatever the file's
-projection; its outline is simplified: what is within half a pixel of a straight line goes.
+projection; its outline is simplified: what is within a pixel of a straight line goes.
 """
 
 import itertools
@@ -17,27 +17,32 @@ import shapely
 from runtime.errors import UserError
 
 CHUNK = 1000  # polygons that are worked on together: a call of a library costs more than its points
+STRIP = 2**22  # pixels of a polygon's box that are in memory at once
 PIECE = 16  # pixels: longer edges are cut, since what is straight in one projection is bent in another
 WORLD = shapely.box(-180, -90, 180, 90)
 ELLIPSOID = pyproj.Geod(ellps="WGS84")
 
 
-def write_polygons(mask_path: Path, path: Path, properties: dict) -> dict:
+def write_polygons(mask_path: Path, probability_path: Path, path: Path, properties: dict) -> dict:
     """The mask GeoTIFF's foreground as GeoJSON (longitude, latitude), holes kept -> {"polygon_count", "area_m2"}.
 
-    A feature's properties are the given ones and its own area_m2. The mask's file must have a coordinate system; one that
-    can't be transformed to WGS 84 is a UserError.
+    A feature's properties are the given ones, its own area_m2 and its confidence, the mean of the probabilities inside it,
+    which are a raster of the mask's size. The mask's file must have a coordinate system; one that can't be transformed to
+    WGS 84 is a UserError.
     """
     count, total = 0, 0.0
-    with rasterio.open(mask_path) as file, open(path, "w", encoding="utf-8") as out:
+    with rasterio.open(mask_path) as file, rasterio.open(probability_path) as values, open(path, "w", encoding="utf-8") as out:
         out.write('{"type": "FeatureCollection", "features": [')
         band = rasterio.band(file, 1)  # from a band, shapes reads the file by windows
         found = (shape for shape, value in rasterio.features.shapes(band, mask=band) if value == 255)
         try:
             transform = pixels_to_wgs84(file)
             while chunk := list(itertools.islice(found, CHUNK)):
-                for polygon, area in zip(*outlines_and_areas(chunk, file.transform, transform)):
-                    facts = json.dumps(properties | {"area_m2": round(area, 2)}, ensure_ascii=False)
+                shapes = [shapely.geometry.shape(shape) for shape in chunk]
+                pixels = shapely.transform(shapes, lambda points: moved(points, ~file.transform).round())
+                for inside, polygon, area in zip(pixels, *outlines_and_areas(pixels, transform)):
+                    facts = {"confidence": round(mean_inside(values, inside), 4), "area_m2": round(area, 2)}
+                    facts = json.dumps(properties | facts, ensure_ascii=False)
                     feature = f'{{"type": "Feature", "properties": {facts}, "geometry": {shapely.to_geojson(polygon)}}}'
                     out.write((",\n" if count else "\n") + feature)
                     count, total = count + 1, total + area
@@ -67,12 +72,23 @@ def pixels_to_wgs84(file):
     return transform
 
 
-def outlines_and_areas(shapes: list[dict], affine, transform) -> tuple[list, list[float]]:
-    """rasterio's shapes -> simplified polygons in longitude and latitude to a millimetre, and areas in square metres.
+def mean_inside(values, polygon) -> float:
+    """The mean of a raster inside a polygon along its pixels' edges, read in strips of rows."""
+    left, top, right, bottom = map(int, polygon.bounds)
+    total, count, height = 0.0, 0, max(1, STRIP // (right - left))
+    for row in range(top, bottom, height):
+        rows = slice(row, min(row + height, bottom))
+        found = values.read(1, window=((rows.start, rows.stop), (left, right)))
+        outside = rasterio.features.geometry_mask([polygon], found.shape, rasterio.Affine.translation(left, row))
+        total, count = total + float(found[~outside].sum(dtype=np.float64)), count + int((~outside).sum())
+    return total / count
+
+
+def outlines_and_areas(pixels: list, transform) -> tuple[list, list[float]]:
+    """Polygons in pixels -> simplified ones in longitude and latitude to a millimetre, and areas in square metres.
 
     Polygons are as RFC 7946 wants them: counter-clockwise outside, clockwise for a hole, cut at the 180th meridian."""
-    pixels = shapely.transform([shapely.geometry.shape(s) for s in shapes], lambda p: moved(p, ~affine).round())
-    outlines = shapely.transform(shapely.simplify(pixels, 0.5), lambda points: transform(points).round(8))
+    outlines = shapely.transform(shapely.simplify(pixels, 1.0), lambda points: transform(points).round(8))
     outlines = [cut_at_180(outline) for outline in shapely.orient_polygons(outlines)]
     exact = shapely.orient_polygons(shapely.transform(shapely.segmentize(pixels, PIECE), transform))
     return outlines, [ELLIPSOID.geometry_area_perimeter(polygon)[0] for polygon in exact]

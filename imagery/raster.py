@@ -94,10 +94,13 @@ class RasterFile(Scene):
     def valid(self, top: int, height: int) -> np.ndarray | None:
         return self.read_valid(((top, top + height), (0, self.width)), (height, self.width))
 
-    def mask_file(self, path: Path):
+    def mask_file(self, path: Path, tags: dict | None = None):
         """A context; the mask has NODATA where the scene has no data."""
         partial = self.about.masked or self.about.floats or self.about.alpha
-        return placed_mask(self.file, path, NODATA if partial else None)
+        return placed_raster(self.file, path, "uint8", NODATA if partial else None, tags)
+
+    def probability_file(self, path: Path, tags: dict | None = None):
+        return placed_raster(self.file, path, "float32", np.nan, tags)
 
 
 class PlacedPicture(PlainImage):
@@ -109,28 +112,33 @@ class PlacedPicture(PlainImage):
         super().__init__(pixels, bands, name, [*place_note(file), *shape_note(file)])
         self.file, self.placed = file, not place_note(file)
 
-    def mask_file(self, path: Path):
-        return placed_mask(self.file, path, None if self.mask is None else NODATA)
+    def mask_file(self, path: Path, tags: dict | None = None):
+        return placed_raster(self.file, path, "uint8", None if self.mask is None else NODATA, tags)
+
+    def probability_file(self, path: Path, tags: dict | None = None):
+        return placed_raster(self.file, path, "float32", np.nan, tags)
 
 
 @contextlib.contextmanager
-def placed_mask(scene, path: Path, nodata: int | None):
-    """A GeoTIFF, tiled and compressed, with the georeferencing of the file `scene` of rasterio's: yields a RasterMask."""
+def placed_raster(scene, path: Path, dtype: str, nodata: float | None, tags: dict | None = None):
+    """A GeoTIFF of one band, tiled and compressed, with the georeferencing of the file `scene` of rasterio's and these tags:
+    yields what rows are written to."""
     options = {
-        "driver": "GTiff", "height": scene.height, "width": scene.width, "count": 1, "dtype": "uint8",
+        "driver": "GTiff", "height": scene.height, "width": scene.width, "count": 1, "dtype": dtype,
         "tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "BIGTIFF": "IF_SAFER",
         "crs": scene.crs, "transform": scene.transform, "nodata": nodata,
     }  # fmt: skip
-    with gdal(f"The mask of {scene.name} can't be written") as rasterio, rasterio.open(path, "w", **options) as file:
+    with gdal(f"The result of {scene.name} can't be written") as rasterio, rasterio.open(path, "w", **options) as file:
         points, crs = scene.gcps
         if points:
             file.gcps = points, crs or rasterio.crs.CRS()
         if scene.rpcs:
             file.rpcs = scene.rpcs
-        yield RasterMask(file)
+        file.update_tags(**(tags or {}))
+        yield RasterRows(file)
 
 
-class RasterMask:
+class RasterRows:
     def __init__(self, file):
         self.file = file
 

@@ -1,19 +1,21 @@
 """The result of one phrase for one image: its numbers, its files and their names, and a line in words."""
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from imagery.foreground import Strips, probabilities
 from imagery.pictures import captioned, fitted, lit, outlined
 from imagery.plain import NODATA, Scene
-from imagery.tiles import Rows
 from runtime.errors import UserError
 
 LONGEST = 1600  # pixels of an overlay's longer side, reduced to
@@ -30,11 +32,6 @@ class Job(NamedTuple):
 
 
 # Numbers ---------------------------------------------------------------------------------------------------------------
-
-
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """float64, in [0, 1]."""
-    return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
 class ReducedMask:
@@ -62,11 +59,10 @@ class MaskResult:
         self.probability = 0.0  # summed over the mask
         self.left, self.top, self.right, self.bottom = scene.width, scene.height, 0, 0
 
-    def add(self, top: int, logits: np.ndarray) -> np.ndarray:
-        """Logits (h, W) of a band -> the rows of the mask's file: uint8, 255 foreground, NODATA where there is no data."""
-        valid, mask = self.scene.valid(top, len(logits)), logits > 0
-        if valid is not None:
-            mask &= valid
+    def add(self, top: int, logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Logits (h, W) of a strip and its mask, bool -> the rows of the mask's file: uint8, 255 foreground, NODATA where there
+        is no data."""
+        valid = self.scene.valid(top, len(mask))
         self.valid += mask.size if valid is None else int(valid.sum())
         self.area += int(mask.sum())
         self.probability += float(probabilities(logits[mask]).sum())
@@ -84,14 +80,6 @@ class MaskResult:
         box = [self.left, self.top, self.right - self.left, self.bottom - self.top] if self.area else None
         confidence = round(self.probability / self.area, 4) if self.area else 0.0
         return {"area_share": self.area / max(1, self.valid), "bbox": box, "confidence": confidence}
-
-
-def mask_score_logits(scene: Scene, rows: Rows) -> tuple[np.ndarray, float, np.ndarray]:
-    """The mask, bool (H, W), the mean probability inside it or 0.0, and all of the logits, float32 (H, W)."""
-    logits = np.concatenate([strip for _, strip in rows])  # (H, W)
-    valid = scene.valid(0, scene.height)
-    mask = logits > 0 if valid is None else (logits > 0) & valid
-    return mask, float(probabilities(logits[mask]).mean()) if mask.any() else 0.0, logits
 
 
 # Names -----------------------------------------------------------------------------------------------------------------
@@ -119,9 +107,10 @@ def slug(phrase: str) -> str:
 class ResultFolder:
     """The folder that results are written into: all the files of a result, or none."""
 
-    def __init__(self, path: Path, images: list[Path], overwrite: bool = False):
-        """images: those whose results are written, whose names must differ. UserError where nothing can be written."""
-        self.path, self.overwrite, self.stems = path, overwrite, stems(images)
+    def __init__(self, path: Path, images: list[Path], overwrite: bool = False, kinds: tuple[str, ...] = ()):
+        """images: those whose results are written, whose names must differ. kinds: files that are wanted besides,
+        "probabilities". UserError where nothing can be written."""
+        self.path, self.overwrite, self.stems, self.kinds = path, overwrite, stems(images), kinds
         try:
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryDirectory(prefix=".part-", dir=path).cleanup()
@@ -129,9 +118,10 @@ class ResultFolder:
             raise UserError(f"{error.filename}: {error.strerror}; --out names another folder") from None
 
     def files(self, job: Job, scene: Scene) -> dict[str, Path]:
-        """{"mask", "overlay" and, where the scene is georeferenced, "polygons": path}."""
+        """{"mask", "overlay", "probabilities" if wanted and, where the scene is georeferenced, "polygons": path}."""
         name = f"{self.stems[job.image]}-{job.n}-{slug(job.phrase)}"
         names = {"mask": f"{name}{scene.suffix}", "overlay": f"{name}-overlay.png"}
+        names |= {kind: f"{name}-{kind}.tif" for kind in self.kinds}
         names |= {"polygons": f"{name}.geojson"} if scene.placed else {}
         return {kind: self.path / name for kind, name in names.items()}
 
@@ -140,14 +130,17 @@ class ResultFolder:
             if path.exists():
                 raise UserError(f"{path} exists: --overwrite makes it anew, --out names another folder.")
 
-    def write(self, job: Job, scene: Scene, rows: Rows, settings: dict, notes: list[str]) -> dict:
-        """Write a result from the rows of its logits -> its line of results.jsonl, with the settings and notes in it.
+    def write(self, job: Job, scene: Scene, strips: Strips, settings: dict, about: dict, notes: list[str], missed: str) -> dict:
+        """Write a result from the strips of its mask -> its line of results.jsonl, with the settings and notes in it.
 
-        UserError or OSError where the rows can't be computed or written; then there are no files of it."""
-        paths = self.files(job, scene)
+        about: what else than image, phrase and date the polygons' features and the TIFFs' tags say. missed: a note where the
+        mask is empty, or "". UserError or OSError where the strips can't be computed or written; then there are no files of it.
+        """
+        paths, date = self.files(job, scene), datetime.now().astimezone().isoformat(timespec="seconds")
+        about = {"image": str(job.image), "phrase": job.phrase} | about | {"date": date}
         with tempfile.TemporaryDirectory(prefix=".part-", dir=self.path) as scratch:
             parts = {kind: Path(scratch, path.name) for kind, path in paths.items()}
-            facts, more = write_files(parts, job, scene, rows)
+            facts, more = write_files(parts, scene, strips, about)
             self.refuse_existing(job, scene)  # another run may have written them by now
             for kind in [*paths][::-1]:  # the mask last: where it is, the rest is
                 if parts[kind].exists():
@@ -155,19 +148,27 @@ class ResultFolder:
                 else:
                     del paths[kind]
         line = {"image": str(job.image), "phrase": job.phrase, "width": scene.width, "height": scene.height} | facts
-        line |= {kind: path.name for kind, path in paths.items()} | settings
-        line |= {"notes": notes} if (notes := [*notes, *scene.notes, *more]) else {}
+        line |= {kind: path.name for kind, path in paths.items()} | settings | {"date": date}
+        notes = [*notes, *scene.notes, *more, *([missed] if missed and not line["bbox"] else [])]
+        line |= {"notes": notes} if notes else {}
         with open(self.path / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return line
 
 
-def write_files(paths: dict[str, Path], job: Job, scene: Scene, rows: Rows) -> tuple[dict, list[str]]:
+def write_files(paths: dict[str, Path], scene: Scene, strips: Strips, about: dict) -> tuple[dict, list[str]]:
     """Write the files of a result -> its facts, and notes on what it lacks."""
     result, notes = MaskResult(scene), []
-    with scene.mask_file(paths["mask"]) as file:
-        for top, logits in rows:
-            file.write(top, result.add(top, logits))
+    # Polygons take their confidences from a raster: the wanted one, or one of the foreground alone that is not kept.
+    values = paths.get("probabilities") or ("polygons" in paths and paths["mask"].with_name("inside.tif"))
+    with contextlib.ExitStack() as files:
+        mask_file = files.enter_context(scene.mask_file(paths["mask"], about))
+        value_file = values and files.enter_context(scene.probability_file(values, about))
+        for top, logits, mask in strips:
+            mask_file.write(top, pixels := result.add(top, logits, mask))
+            if value_file:
+                seen = pixels != NODATA if "probabilities" in paths else mask
+                value_file.write(top, np.where(seen, probabilities(logits), np.nan).astype(np.float32))
     facts = result.facts()
     empty = 1 - result.valid / (scene.height * scene.width)
     if empty >= 0.5:
@@ -176,14 +177,13 @@ def write_files(paths: dict[str, Path], job: Job, scene: Scene, rows: Rows) -> t
         try:
             from imagery.polygons import write_polygons
 
-            properties = {"phrase": job.phrase, "confidence": facts["confidence"]}
-            facts |= write_polygons(paths["mask"], paths["polygons"], properties)
+            facts |= write_polygons(paths["mask"], values, paths["polygons"], about)
         except ImportError as error:
             notes.append(f"No polygons are written: they need {error.name}: pip install rasterio shapely pyproj.")
         except UserError as error:
             paths["polygons"].unlink(missing_ok=True)
             notes.append(f"No polygons are written: {error}.")
-    Image.fromarray(overlay(scene.overview, result.reduced.pixels, job.phrase)).save(paths["overlay"], "PNG")
+    Image.fromarray(overlay(scene.overview, result.reduced.pixels, about["phrase"])).save(paths["overlay"], "PNG")
     return facts, notes
 
 

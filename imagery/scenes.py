@@ -5,7 +5,8 @@
     scene.read_all()                        the same of the whole scene
     scene.valid(top, height)                bool (height, W), False where there is no data, or None: data everywhere
     scene.overview                          uint8 RGB, the whole scene, its longest side at most 2,048
-    scene.mask_file(path)                   a context whose write(top, uint8 rows (h, W)) makes the mask's file
+    scene.mask_file(path, tags)             a context whose write(top, uint8 rows (h, W)) makes the mask's file
+    scene.probability_file(path, tags)      the same of float32 rows, a TIFF
 
 rasterio, where it is installed, is asked first. Where Pillow's picture says all that rasterio knows of the file's pixels (8
 bits, no mask, bands in order), Pillow decodes it whole (plain.py), and so it does what rasterio doesn't know; all else, and a
@@ -18,9 +19,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from imagery.bands import NO_ALPHA, is_alpha
+from imagery.bands import NO_ALPHA, is_alpha, pick_bands
 from imagery.description import is_placed, named_bands, pages_note
 from imagery.plain import PlainImage, Scene, bits, frames, loaded, opened, pixels_of, quiet
 from imagery.raster import PlacedPicture, RasterFile, gdal
@@ -108,20 +110,36 @@ def refuse_for_training(path: Path, picture: Image.Image | None, file=None, any_
         raise UserError(f"{path} has {len(file.subdatasets)} pages: save the one you mean.")
 
 
-def as_scene(image: str | Path | Image.Image | np.ndarray) -> Scene:
-    """A scene of a path, a PIL image or a uint8 array (H, W, 3)."""
+def as_scene(image: str | Path | Image.Image | np.ndarray | torch.Tensor, bands: tuple[int, ...] | None = None) -> Scene:
+    """A scene of a path, a PIL image, an array (H, W) or (H, W, C) or a tensor (H, W) or (C, H, W).
+
+    bands: as open_scene's. Without them an image in memory has one channel, three, or four, of which the last is alpha. As in
+    files, what is not of 8 bits is stretched, and where a float is NaN there is no data."""
     if isinstance(image, (str, Path)):
-        return open_scene(image)
+        return open_scene(image, bands)
     if isinstance(image, Image.Image):
         with quiet():
             loaded(image, "The PIL image")
-            return PlainImage(pixels_of(image))
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            return PlainImage(pixels_of(image), bands, "The PIL image")
+    return PlainImage(*array_of(image, bands), "The array")
+
+
+def array_of(image, bands: tuple[int, ...] | None) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    """The pixels of an array or a tensor, of at most four channels, and the bands to take of them; UserError."""
+    if isinstance(image, torch.Tensor):
+        image = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
+        image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    if not isinstance(image, np.ndarray) or image.dtype.kind not in "uif" or image.ndim not in (2, 3):
         found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise UserError(f"An image is a path, a PIL image or a uint8 array (H, W, 3), not {found}.")
+        raise UserError(f"An image is a path, a PIL image, an array (H, W, C) or a tensor (C, H, W) of numbers, not {found}.")
     if 0 in image.shape:
         raise UserError(f"The image is empty: its shape is {image.shape}.")
-    return PlainImage(np.array(image))
+    image = image[..., None] if image.ndim == 2 else image
+    if bands:
+        return image[..., pick_bands(bands, image.shape[2], "The array")], (1, 2, 3)
+    if image.shape[2] not in (1, 3, 4):
+        raise UserError(f"The array has {image.shape[2]} channels, in (H, W, C) {image.shape}: name one or three by bands=.")
+    return np.array(image), None
 
 
 def says_all(picture: Image.Image, file) -> bool:

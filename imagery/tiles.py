@@ -33,6 +33,7 @@ from runtime.progress import Progress
 
 LARGE = 2048  # pixels a side: larger scenes are tiled even where no tile is given
 TILE = 1024  # pixels a side of a tile, where none is given
+COARSE = 4  # times that a look is reduced, from which on objects of usual size may be lost
 STRIP = 256  # rows that are given out at once
 MARGIN = 2  # cells of the coarse mask, by which it is grown
 TILINGS = ("scene", "independent")
@@ -62,6 +63,17 @@ def at_size(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 def is_large(scene: Scene, tile: int | None) -> bool:
     """Whether the scene is cut into tiles: it is larger than the given tile or, without one, than LARGE."""
     return max(scene.height, scene.width) > (tile or LARGE)
+
+
+def coarseness_note(scene: Scene, tile: int | None, tiling: str, side: int) -> str:
+    """A sentence for where nothing is found in a scene that a model of `side` pixels has seen much reduced, else ''."""
+    looked_at = min(tile or TILE, max(scene.height, scene.width)) if tiling == "independent" and is_large(scene, tile) else 0
+    times = (looked_at or max(scene.height, scene.width)) / side
+    if times < COARSE:
+        return ""
+    what = "each tile" if looked_at else "the whole image"
+    return (f"Nothing was found, but {what} was reduced {times:.0f} times to the model's {side} pixels: with --tiling "
+            f"independent --tile {side} each part of it is looked at by itself, unreduced.")  # fmt: skip
 
 
 def tiled_rows(look: Look, scene: Scene, phrase: str, tile: int | None, tiling: str, batch: int) -> Rows:

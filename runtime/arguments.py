@@ -57,3 +57,11 @@ def band_numbers(text: str) -> tuple[int, ...]:
     if len(numbers) not in (1, 3) or not all(n.strip().isdecimal() and int(n) for n in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} is not one band number or three, as 4,3,2")
     return tuple(map(int, numbers))
+
+
+def share(text: str) -> float:
+    """A `type=` of argparse: a number between 0 and 1, neither of which it is."""
+    value = at_least(float, 0)(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value

@@ -29,6 +29,15 @@ def pick_device(gpus: int | None = None) -> torch.device:
 def compute_dtype() -> torch.dtype:
     """bfloat16 where the CUDA card computes in it, else float16."""
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name; UserError where this machine has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"device {name} can't be used here ({reason}): leave it out, or name cpu") from None
+
+
 
 
 def autocast(device: torch.device):

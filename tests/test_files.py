@@ -14,8 +14,9 @@ import pytest
 from PIL import Image, TiffImagePlugin
 from test_imagery import stretched
 
+from imagery.foreground import foreground
 from imagery.pixels import read_image
-from imagery.results import Job, write_files
+from imagery.results import write_files
 from imagery.scenes import as_scene, open_scene
 from runtime.errors import UserError
 
@@ -370,7 +371,7 @@ def test_an_image_of_which_half_has_no_data_is_noted(tmp_path):
     paths = {"mask": tmp_path / "mask.png", "overlay": tmp_path / "overlay.png"}
     for alpha, noted in ((OPAQUE, ["50 % of the image has no data."]), (OPAQUE | (x > 50), [])):
         scene = as_scene(Image.fromarray(np.dstack([A, alpha.astype(np.uint8)])))
-        assert write_files(paths, Job(Path("a.png"), "all", 1), scene, [(0, np.ones((96, 128)))])[1] == noted
+        assert write_files(paths, scene, foreground(scene, [(0, np.ones((96, 128)))]), {"phrase": "all"})[1] == noted
 
 
 @pytest.mark.slow

@@ -7,9 +7,12 @@ import json
 import re
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -104,21 +107,75 @@ def test_mask_score_and_logits_of_paths_pil_images_arrays_and_lists(predictor, p
     predictor.model.eval()
 
 
+def test_arrays_and_tensors_of_other_kinds_are_seen_as_files_of_them(predictor, picture, tmp_path):
+    array, phrase = np.asarray(Image.open(picture)), "the ship on the left"
+    deep = array.astype(np.uint16) * 200 + 7
+    see = lambda image, **options: predictor.predict(image, phrase, **options)[2]  # noqa: E731
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    for image, like in ((array[..., 1], array[..., [1, 1, 1]]), (array[..., 1:2], array[..., [1, 1, 1]]), (tensor, array),
+                        (tensor[0], array[..., [0, 0, 0]]), (tensor.float(), array.astype(np.int64))):  # fmt: skip
+        assert np.array_equal(see(image), see(like))
+    assert np.array_equal(see(torch.from_numpy(deep.astype(np.int32)).permute(2, 0, 1)), see(deep))
+    assert np.array_equal(see(deep[..., 0]), see(save(tmp_path / "deep.png", deep[..., 0])))  # stretched alike
+    clouds = clear(array, 60)
+    for image in (clouds, torch.from_numpy(clouds).permute(2, 0, 1)):
+        assert np.array_equal(see(image), see(save(tmp_path / "clouds.png", clouds)))
+        assert not predictor.predict(image, phrase)[0][:60].any()
+    holes = array.astype(np.float32)
+    holes[:60] = np.nan
+    assert not predictor.predict(holes, phrase)[0][:60].any()
+    many = np.concatenate([array, array[..., ::-1], array[..., :1]], axis=2)  # (H, W, 7)
+    assert np.array_equal(see(many, bands=(4, 5, 6)), see(array[..., ::-1]))
+    assert np.array_equal(see(array, bands=(2,)), see(array[..., 1]))
+    assert np.array_equal(see(picture, bands=(3, 2, 1)), see(array[..., ::-1]))
+
+
+def test_probabilities_a_threshold_and_a_least_area(predictor, picture, run, tmp_path):
+    mask, score, logits = predictor.predict(picture, "the ship")
+    probable = torch.from_numpy(logits).sigmoid().numpy()
+    same, _, p = predictor.predict(picture, "the ship", probabilities=True)
+    assert np.array_equal(same, mask) and p.dtype == np.float32 and np.allclose(p, probable, atol=1e-6)
+    run("--image", picture, "--phrase", "the ship", "--out", tmp_path / "out", "--probabilities", "--device", "cpu")
+    written = np.asarray(Image.open(tmp_path / "out" / lines(tmp_path / "out")[0]["probabilities"]))
+    assert written.dtype == np.float32 and np.abs(written - p).max() < 1e-6
+    middle = float(np.quantile(probable[mask], 0.7))
+    fewer, surer, _ = predictor.predict(picture, "the ship", threshold=middle)
+    assert np.array_equal(fewer, probable > middle) and surer > score and 0 < fewer.sum() < mask.sum()
+    count, _, facts, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    assert predictor.predict(picture, "the ship", min_area=int(facts[1:, 4].max()))[0].sum() >= facts[1:, 4].max()
+    none, zero, _ = predictor.predict(picture, "the ship", min_area=mask.size)
+    assert not none.any() and zero == 0.0
+
+
+def test_several_threads(predictor, picture):
+    """They all get the answers of one, and a model in training is left so."""
+    phrases = ["the ship", "a red car on the left", "the airplane"] * 4
+    expected = [predictor.predict(picture, phrase)[2] for phrase in phrases]
+    predictor.model.train()
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda phrase: predictor.predict(picture, phrase)[2], phrases)]
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected)) and predictor.model.training
+    with pytest.raises(RuntimeError), patch.object(type(predictor.model), "forward", side_effect=RuntimeError("memory")):
+        predictor.predict(picture, "the ship")
+    assert predictor.model.training
+    predictor.model.eval()
+
+
 def test_what_is_wrong_is_said_in_one_sentence(predictor, picture):
     cut = picture.with_name("cut.png")
     cut.write_bytes(picture.read_bytes()[:200])
     array = np.asarray(Image.open(picture))
     for image, phrase, sentence in (
-        (torch.zeros(3, 9, 9), "a", "not Tensor"), (cut, "a", "cut.png"), (Image.open(cut), "a", "PIL image is damaged"),
-        (array.astype(float), "a", "float64"), (array[..., 0], "a", "uint8"), (array[:0], "a", "empty"), (None, "a", "None"),
+        (torch.zeros(9), "a", r"not float32 \(9,\)"), (cut, "a", "cut.png"), (Image.open(cut), "a", "PIL image is damaged"),
+        (array > 9, "a", "not bool"), (array[..., :2], "a", "2 channels"), (array[:0], "a", "empty"), (None, "a", "NoneType"),
         (picture, " ", "empty"), (picture, 7, "empty"), (picture, "a\0", "control"), (picture, "a" * 10_001, "10,001"),
         ([picture] * 2, ["a"] * 3, "pairs"), ("no.png", "a", "no image"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=sentence) as error:
             predictor.predict(image, phrase)
         assert "\n" not in str(error.value)
-    for options in ({"tiling": "other"}, {"batch": 0}, {"tile": 0}):
-        with pytest.raises(UserError, match="independent|1 or more"):
+    for options in ({"tiling": "other"}, {"batch": 0}, {"tile": 0}, {"threshold": 1.0}, {"min_area": -1}, {"bands": (4,)}):
+        with pytest.raises(UserError, match="independent|1 or more|bands 4"):
             predictor.predict(picture, "a", **options)
     with pytest.warns(UserWarning, match="first 77"):
         predictor.predict(picture, ("a ship " * 900)[:5000])
@@ -238,8 +295,8 @@ def test_a_batch_goes_on_and_lists_its_failures(run, picture, monkeypatch):
     assert "11 of 18 failed" in err
     for name, phrase, reason in bad:
         assert re.search(f'{name}, "{phrase[:60]}": .*{reason}', err), (name, reason)
-    ((note,),) = [line["notes"] for line in done if "notes" in line]
-    assert "first 77" in note and note in out
+    (_, (reduced,)), (_, (note,)) = sorted((line["image"] != "wide.png", line["notes"]) for line in done if "notes" in line)
+    assert "first 77" in note and note in out and "reduced 47 times" in reduced and reduced in out
 
 
 def test_wrong_usage_is_exit_code_2(run, ckpt, picture, tmp_path, monkeypatch):
@@ -247,6 +304,7 @@ def test_wrong_usage_is_exit_code_2(run, ckpt, picture, tmp_path, monkeypatch):
     for args, sentence, checkpoint in (
         (("--bands", "1,2"), "4,3,2", ckpt), (("--tile", "0"), "32 or more", ckpt), (("--out", taken), "taken", ckpt),
         (("--image", "gone.png"), "no image", ckpt), ((), "no.pt", "no.pt"), ((), "plane.png", picture),
+        (("--threshold", "50"), "between 0 and 1", ckpt), (("--device", "cuda:77"), "device cuda:77 can't be used", ckpt),
     ):  # fmt: skip
         assert sentence in run("--image", picture, "--phrase", "x", *args, ckpt=checkpoint, code=2)[1], sentence
     monkeypatch.chdir(tmp_path)
@@ -267,12 +325,30 @@ def test_a_geotiff_becomes_a_geotiff_and_geojson(run, tmp_path, monkeypatch):
         assert line.get("tiling") == tiling
         with rasterio.open(path) as scene, rasterio.open(out / line["mask"]) as mask:
             assert (mask.crs, mask.transform, mask.shape) == (scene.crs, scene.transform, scene.shape)
-            pixels = mask.read(1)
+            pixels, tags = mask.read(1), mask.tags()
             assert np.array_equal(pixels == mask.nodata, ~scene.read_masks().any(axis=0))
         assert line["area_share"] == pytest.approx((pixels == 255).sum() / (pixels != 127).sum())
         assert line["area_m2"] == pytest.approx(0.25 * (pixels == 255).sum(), rel=1e-3)
-        phrases = [feature["properties"]["phrase"] for feature in json.loads((out / line["polygons"]).read_text())["features"]]
-        assert phrases == ["the field"] * line["polygon_count"] and phrases
+        about = {"image": str(path), "phrase": "the field", "model": "tiny", "weights": "tiny, trained on scenes, epoch 0"}
+        about |= {"date": line["date"]}
+        assert about.items() <= tags.items()
+        features = [feature["properties"] for feature in json.loads((out / line["polygons"]).read_text())["features"]]
+        assert len(features) == line["polygon_count"] > 0 and all(about.items() <= f.items() for f in features)
+        assert abs(datetime.now().astimezone() - datetime.fromisoformat(line["date"])).total_seconds() < 100
+        mean = np.average([f["confidence"] for f in features], weights=[f["area_m2"] for f in features])
+        assert mean == pytest.approx(line["confidence"], abs=2e-3)
+    options = ("--probabilities", "--threshold", 0.4, "--min-area", 50)
+    run("--image", path, "--phrase", "the field", "--out", out := tmp_path / "p", *options)
+    (line,) = lines(out)
+    assert (line["threshold"], line["min_area"]) == (0.4, 50)
+    with rasterio.open(out / line["probabilities"]) as values, rasterio.open(out / line["mask"]) as mask:
+        assert (values.crs, values.transform, values.dtypes) == (mask.crs, mask.transform, ("float32",))
+        p, pixels = values.read(1), mask.read(1)
+        assert np.array_equal(np.isnan(p), pixels == 127) and "model" in values.tags()
+    _, labels, facts, _ = cv2.connectedComponentsWithStats((p > 0.4).astype(np.uint8), connectivity=4)
+    assert np.array_equal(pixels == 255, np.append(False, facts[1:, 4] >= 50)[labels])
+    features = [f["properties"] for f in json.loads((out / line["polygons"]).read_text())["features"]]
+    assert sorted(f["area_m2"] for f in features) == pytest.approx(sorted(0.25 * facts[1:, 4][facts[1:, 4] >= 50]), rel=2e-3)
     monkeypatch.delitem(sys.modules, "imagery.polygons")
     monkeypatch.setitem(sys.modules, "shapely", None)
     nowhere = write_tiff(tmp_path / "nowhere.tif", ramps(3, 60, 50, np.uint16), crs=None, transform=None)
