@@ -183,8 +183,11 @@ def scaled_mask(mask: np.ndarray, scale: float) -> np.ndarray:
     if scale == 1:
         return mask
     size = scaled(mask.shape, scale)[::-1]
-    covered = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST_EXACT)
-    return (covered >= min(0.5, covered.max())).astype(np.uint8)
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST_EXACT
+    covered = cv2.resize(255 * mask, size, interpolation=way)
+    if not covered.any():
+        covered = cv2.resize(mask.astype(np.float32), size, interpolation=way)
+    return (covered >= min(128, covered.max())).astype(np.uint8)
 
 
 def tiles(whole: Picture, side: int) -> Iterator[Picture]:

@@ -136,7 +136,9 @@ def test_each_phrase_is_true_of_its_target_alone(tmp_path):
     by_image = {f"{image['id']}.png": [] for image in content["images"]}
     for a in content["annotations"]:
         by_image[f"{a['image_id']}.png"].append(a | {"name": CATEGORIES[a["category_id"] - 1]})
-    for row in made(tmp_path, "--phrases", "8", "--absent", "0.3"):
+    rows = made(tmp_path, "--phrases", "8", "--absent", "0.3")
+    assert max(Counter(row["mask"] for row in rows if row["split"] == "val").values()) == 1
+    for row in rows:
         things, text = by_image[row["image"]], row["phrase"]
         kinds[row["kind"]] += 1
         _, text = text.split(" ", 1)
@@ -280,7 +282,8 @@ def texts(rows, kind: str) -> set[str]:
 
 
 def test_of_a_crowd_the_whole_group_alone_is_said(tmp_path):
-    rows = said(tmp_path, (5, 5, 20, 20, "ship", 1), (70, 70, 20, 20), (70, 10, 20, 20, "storage tank"))
+    rows = said(tmp_path, (5, 5, 20, 20, "ship", 1), (70, 70, 20, 20), (70, 10, 20, 20, "storage tank"),
+                options=("--phrases", "60", "--tile", "100"))  # fmt: skip
     assert {row["category"] for row in rows} == {"ship", "storage tank"} and {row["phrase"] for row in rows} >= {"All ships"}
     assert {row["kind"] for row in rows if row["category"] == "ship"} == {"group"}
     assert not [row for row in rows if " two " in row["phrase"] or row["phrase"].startswith("Both")]  # a crowd isn't counted
