@@ -26,12 +26,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def padded_length(longest: int, context: int) -> int:
-    """The length L that a batch's ids are padded to: 32, 64, 128 ... tokens, and never more than `context`.
+    """The length L that a batch's ids are padded to: 32 tokens, for longer phrases 128, and never more than `context`.
 
-    A compiled model has one graph for each L, so there must be few: 32 holds every phrase of most data sets. Padding is
-    masked, so L changes no result, and it costs next to nothing: 32 text tokens stand beside 65,536 places of the image.
+    A compiled model has one graph for each L, so there are two: 32 holds every phrase of most data sets. (Phrases over 128
+    tokens, which BEiT-3 reads, are padded to 256, 512 ...) Padding is masked, so L changes no result, and it costs next to
+    nothing: 32 text tokens stand beside 65,536 places of the image.
     """
-    return min(max(32, 1 << (longest - 1).bit_length()), context)
+    return min(32 if longest <= 32 else max(128, 1 << (longest - 1).bit_length()), context)
 
 
 class OpenCLIPTokenizer:

@@ -23,6 +23,8 @@ from sam2.modeling.backbones.utils import window_partition, window_unpartition
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+MOST_WINDOWS = 65535  # in one call of attention: CUDA's flash kernel takes no more; 64 images of 1024 pixels have 65,536
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -182,7 +184,7 @@ class FusedBlock(nn.Module):
         if window == 0:
             return self.block.attn(x)  # (B, H', W', D_out)
         x, _ = window_partition(x, window)  # (B*windows, w, w, D_in)
-        x = self.block.attn(x)  # (B*windows, w', w', D_out)
+        x = torch.cat([self.block.attn(part) for part in x.split(MOST_WINDOWS)])  # (B*windows, w', w', D_out)
         window = x.shape[1]  # halved by query pooling
         padded_hw = tuple(math.ceil(side / window) * window for side in out_hw)
         return window_unpartition(x, window, padded_hw, out_hw)  # (B, H', W', D_out)

@@ -200,17 +200,20 @@ class RS2SAM2(nn.Module):
         return 2 * p - 1  # (B, 1, S/4, S/4)
 
 
-def compile_blocks(model: RS2SAM2, **options) -> None:
+def compile_blocks(model: RS2SAM2, **options) -> int:
     """Compile in place what is large or repeated: the blocks of SAM 2's image encoder, the layers of the union encoder, the
     mask decoder. The model stays the object it is.
 
     Blocks of one kind and shape have one graph between them, so the first step comes several times sooner than with a graph
     of the whole model. Sizes are no variables: kernels for fixed ones are faster, and few occur. options: of torch.compile.
+    -> how many kinds of blocks there are.
     """
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # of graphs; torch 2.6's name
     stacks = [m for m in model.union_encoder.modules() if isinstance(m, nn.ModuleList)]
-    for module in [*model.image_encoder.trunk.blocks, *(layer for stack in stacks for layer in stack), model.mask_decoder]:
+    blocks, layers = model.image_encoder.trunk.blocks, [layer for stack in stacks for layer in stack]
+    for module in [*blocks, *layers, model.mask_decoder]:
         module.compile(dynamic=False, **options)
+    return len({(str(b), b.block.window_size) for b in blocks} | {str(layer) for layer in layers}) + 1
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

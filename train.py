@@ -63,7 +63,6 @@ import torch
 import torch.distributed as dist
 from timm.optim import Muon
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import Collate, TrainingOrder, open_dataset
@@ -71,8 +70,9 @@ from evaluate import best_median_worst, print_results, results_by_group, score, 
 from losses import total_loss
 from model import RS2SAM2, compile_blocks
 from presets import Preset, Recipe, learning_rate
+from runtime import devices
 from runtime.averaging import AveragedWeights
-from runtime.devices import autocast, card_failures, compute_dtype, default_workers, pick_device, to_device
+from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
 from runtime.processes import gather, launch, launched, process_group, processes_for, rank, rank_0_first, world_size
 from runtime.progress import Progress
@@ -136,7 +136,7 @@ def on_device(model: RS2SAM2, device: torch.device) -> RS2SAM2:
     """The model moved there; on a card its frozen weights are cast and its blocks compiled."""
     if device.type == "cuda":
         model.to(device).cast_frozen(compute_dtype())
-        compile_blocks(model)
+        devices.compile_here(compile_blocks, model)
     return model.to(device)
 
 
@@ -151,7 +151,7 @@ class Run:
         self.model = self.synced = on_device(model, device)
         self.model.image_encoder.checkpoint_activations = args.checkpoint_activations
         if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
-            self.synced = DistributedDataParallel(self.model, gradient_as_bucket_view=True)  # no second copy of gradients
+            self.synced = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)  # no gradient twice
         self.optimizers = optimizers_for(model, recipe)
         self.trained = [p for group in self.groups() for p in group["params"]]
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
@@ -358,11 +358,10 @@ def prepare(args: argparse.Namespace, preset: Preset, recipe: Recipe, checkpoint
 
 
 def main(arguments: list[str] | None = None, edit=None, left_out: tuple[str, ...] = ()) -> None:
-    """Train as the command line says. An ablation gives `edit`, a function that changes the model after it is built, and the
-    names of what that leaves out, which checkpoints keep."""
+    """Train as the command line says. An ablation gives `edit`, which changes the built model, and what that leaves out."""
     stop = StopSignal()
     stop.watch()
-    with process_group(), exit_on_user_error("train.py"):
+    with process_group(), exit_on_user_error("train.py"), devices.card_failures():
         with rank_0_first():
             args, checkpoint = parse(arguments)
             preset, recipe = resolve(args.model, args.set, checkpoint, resume=bool(args.resume))
@@ -391,8 +390,9 @@ def main(arguments: list[str] | None = None, edit=None, left_out: tuple[str, ...
             run.log = [first_line(run.checkpoint({}))]
         del checkpoint
         stop.farewell = f"stopped; go on with: python train.py --resume {args.out}"
-        with card_failures():
+        with devices.card_failures(devices.ways_to_fit(recipe.batch_size // world_size(), args)):
             train(run, stop)
+        with devices.card_failures(f"the run is trained, score it by `python evaluate.py --ckpt {run.folder.best}`"):
             finish(run)
 
 

@@ -1,11 +1,14 @@
 """Which device computes, in which precision."""
 
+import argparse
 import contextlib
 import os
+import time
 
 import torch
 
 from runtime.errors import UserError
+from runtime.processes import let_rank_0_speak
 
 
 def pick_device(gpus: int | None = None) -> torch.device:
@@ -26,9 +29,6 @@ def pick_device(gpus: int | None = None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def compute_dtype() -> torch.dtype:
-    """bfloat16 where the CUDA card computes in it, else float16."""
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 def usable_device(name: str | torch.device) -> torch.device:
     """The device of that name; UserError where this machine has none."""
     try:
@@ -38,6 +38,9 @@ def usable_device(name: str | torch.device) -> torch.device:
         raise UserError(f"device {name} can't be used here ({reason}): leave it out, or name cpu") from None
 
 
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the CUDA card computes in it, else float16."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def autocast(device: torch.device):
@@ -65,15 +68,59 @@ def choose_threads() -> None:
         torch.set_num_threads(max(1, round(torch.get_num_threads() - os.getloadavg()[0])))
 
 
+def compile_here(compile_blocks, model) -> None:
+    """Compile a model on a card by `compile_blocks`, which returns how many kinds of blocks it compiles, and say how long that
+    will take; where one operation can't be compiled, say why and leave the model as it is."""
+    if torch._dynamo.config.disable:  # TORCH_COMPILE_DISABLE=1
+        return
+    try:
+        torch.compile(torch.neg)(next(model.parameters())[:1])
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = first_words(error).partition(" Set TORCH")[0]
+        print(f"torch.compile does not work here, training goes on without it, slower ({reason})", flush=True)
+    else:
+        tell_compiling(compile_blocks(model))
+
+
+def tell_compiling(kinds: int) -> None:
+    """Say that so many kinds of blocks will be compiled, each with a graph forward and one backward; and then, where one is
+    finished and the last line is 20 seconds old, how many are."""
+    from torch._inductor.runtime.runtime_utils import cache_dir  # which takes seconds to import
+
+    begun, done = (told := time.monotonic()), 0
+
+    def finished(*_) -> None:
+        nonlocal told, done
+        done += 1
+        if time.monotonic() - told >= 20:
+            told = time.monotonic()
+            print(f"compiled {done} of about {2 * kinds} graphs in {told - begun:.0f} s", flush=True)
+
+    torch._dynamo.callback.on_compile_end(finished)
+    print(f"compiling {kinds} kinds of blocks in the first step: minutes, once on this machine, as {cache_dir()} "
+          "(TORCHINDUCTOR_CACHE_DIR) keeps the kernels; TORCH_COMPILE_DISABLE=1 starts at once and trains slower", flush=True)
+
+
+def ways_to_fit(samples: int, args: argparse.Namespace) -> str:
+    """What a run can do that fills the card; samples: how many each process computes in a step."""
+    ways = [f"--accumulate {samples} (now {args.accumulate})"] if args.accumulate < samples else []
+    ways += [] if args.checkpoint_activations else ["--checkpoint-activations"]
+    return f"use {' and '.join(ways)}, or " * bool(ways) + "take a smaller --set image_size or --model"
+
+
+def first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 @contextlib.contextmanager
-def card_failures():
-    """What fails in training on a card alone, as a UserError with exit code 1."""
+def card_failures(way_out: str = "take a smaller --model, or a card that other programs leave free"):
+    """What fails on a card alone, as a UserError with exit code 1. way_out: what to do where its memory is full."""
     try:
         yield
     except torch.OutOfMemoryError:
-        sentence = "the card's memory is full: raise --accumulate, try --checkpoint-activations or a smaller --set image_size"
-        raise UserError(sentence, exit_code=1) from None
+        let_rank_0_speak()
+        raise UserError(f"the card's memory is full: {way_out}", exit_code=1) from None
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = " ".join(str(error).split())[:200]
-        way_out = "install what it misses, often a C compiler, or train slower by TORCH_COMPILE_DISABLE=1 in the environment"
-        raise UserError(f"torch.compile failed ({reason}): {way_out}", exit_code=1) from error
+        let_rank_0_speak()
+        way_out = "train slower by TORCH_COMPILE_DISABLE=1 in the environment"
+        raise UserError(f"torch.compile failed ({first_words(error)}): {way_out}", exit_code=1) from error

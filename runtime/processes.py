@@ -57,14 +57,25 @@ def process_group():
     except KeyboardInterrupt:
         code = 130
     except RuntimeError:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)  # where the end of another process broke a collective here, that one's message is the one to read
+        wait_for_the_end()  # where the end of another process broke a collective here, that one's message is the one to read
         traceback.print_exc()
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # the group's threads may abort the interpreter's own end
+
+
+def wait_for_the_end() -> None:
+    """Give another process, which has failed and says why, the time to end this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5)
+
+
+def let_rank_0_speak() -> None:
+    """Called where the same may have failed on every rank: rank 0 goes on, and may end the others before they say it too."""
+    if rank():
+        wait_for_the_end()
 
 
 def gather(value) -> list:

@@ -480,13 +480,13 @@ def test_speed_and_the_cost_of_loading_are_tables_appended_to_a_file(tmp_path, c
 def test_phrases_are_padded_to_few_lengths_and_compile_once_a_length_and_batch_size():
     for context in (77, 1022):
         lengths = [padded_length(n, context) for n in range(1, context + 1)]
-        assert all(n <= length <= context for n, length in enumerate(lengths, start=1)) and len(set(lengths)) <= 6
+        assert all(n <= length <= context for n, length in enumerate(lengths, start=1)) and len(set(lengths[:128])) == 2
     assert OpenCLIPTokenizer(77)([" ".join(["ship"] * 200)])[1].tolist() == [77]
     encoder = small_model(encoder_args=PRESETS["tiny"].encoder_args | {"joint_layers": 1}).union_encoder.eval()
     torch._dynamo.reset(), counters.clear()
     traced = torch.compile(encoder, backend="eager", fullgraph=True, dynamic=False)
-    for tokens, length, graphs in (((5, 8), 32, 1), ((40, 8), 64, 2), ((7,), 32, 3), ((3, 3), 32, 3), ((32, 9), 32, 3),
-                                   ((33, 12), 64, 3), ((20, 31), 32, 3), ((64, 4), 64, 3), ((30,), 32, 3)):  # fmt: skip
+    for tokens, length, graphs in (((5, 8), 32, 1), ((40, 8), 77, 2), ((7,), 32, 3), ((3, 3), 32, 3), ((32, 9), 32, 3),
+                                   ((33, 12), 77, 3), ((20, 31), 32, 3), ((77, 4), 77, 3), ((30,), 32, 3)):  # fmt: skip
         ids, lengths = encoder.tokenizer([" ".join(["ship"] * (n - 2)) for n in tokens])
         assert ids.shape == (len(tokens), length) and lengths.tolist() == [*tokens]
         batch = torch.randn(len(tokens), 3, 128, 128), ids, torch.arange(length) < lengths[:, None]

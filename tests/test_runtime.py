@@ -164,18 +164,6 @@ def test_devices(monkeypatch):
         devices.pick_device(None)
 
 
-def test_what_fails_on_a_card_alone_is_one_sentence():
-    def backend(*_):
-        raise RuntimeError("Failed to find\n C compiler")
-
-    with pytest.raises(UserError, match="the card's memory is full: raise --accumulate, try") as error, devices.card_failures():
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    assert error.value.exit_code == 1
-    told = r"torch.compile failed \(.*Failed to find C compiler.*\): install what .* TORCH_COMPILE_DISABLE=1 in the environment"
-    with pytest.raises(UserError, match=told), devices.card_failures():
-        torch.compile(torch.sin, backend=backend)(torch.ones(1))
-
-
 @pytest.fixture
 def stop():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,0 +1,164 @@
+"""What a card needs and a CPU can show: compilation by block, what fails where memory or a compiler is missing."""
+
+from argparse import Namespace
+from functools import partial
+
+import pytest
+import torch
+from test_experiments import batch_for, small_model
+from torch._dynamo.utils import counters
+
+import fusion
+from experiments import counting, speed
+from model import build_image_encoder, compile_blocks
+from presets import PRESETS, RECIPES
+from runtime import devices, processes
+from runtime.errors import UserError
+from weights import checkpoints
+
+EAGER = partial(torch.compile, backend="eager")
+
+
+@pytest.fixture
+def graphs():
+    """How many graphs there are by now."""
+    torch._dynamo.reset(), counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset(), counters.clear()
+
+
+@pytest.mark.parametrize("encoder", ["open_clip", "beit3"])
+def test_alike_blocks_share_a_graph_and_nothing_is_compiled_twice(encoder, graphs):
+    """Two lengths of phrases, whatever they hold; a last batch that is short, in a validation which compiles nothing."""
+    model = small_model(encoder, trunk=PRESETS["tiny"].trunk | {"stages": [1, 2, 4, 1]})
+    kinds = compile_blocks(model, backend="eager", fullgraph=True)  # no break
+    step = speed.Step(model, RECIPES["tiny"])
+
+    def batch(size: int, words: int) -> tuple:
+        image, encoder_image, ids, lengths = batch_for(model, [words] * size)
+        ids = torch.nn.functional.pad(ids, (0, (32 if words <= 32 else 62) - words), value=3)
+        return image, encoder_image, ids, lengths, torch.zeros(size, 64, 64)
+
+    def train(words: int) -> int:
+        step(model, batch(2, words), lambda: torch.autocast("cpu", torch.bfloat16))
+        return graphs()
+
+    first = train(words=9)
+    assert kinds <= first <= kinds + 1  # the first block's image needs no gradient
+    blocks = len(model.image_encoder.trunk.blocks)
+    assert blocks == 8 and kinds < blocks + 4
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode():
+        model.eval()(*batch(1, 9)[:-1])
+    model.train()
+    assert train(words=12) == first  # after a validation
+    long = train(words=40)
+    assert first < long <= 2 * first
+    assert train(words=57) == train(words=5) == long
+
+
+def test_equal_parts_of_a_batch():
+    with pytest.raises(UserError, match="a batch of 9 can't be divided evenly by 1 process with --accumulate 2"):
+        processes.processes_for(1, 1, batch=9, parts=2)
+
+
+def test_windows_are_computed_in_parts_where_there_are_more_than_a_call_takes(monkeypatch):
+    model = small_model().eval()
+    batch = batch_for(model, [7, 4])
+    with torch.inference_mode():
+        whole, calls = model(*batch).logits, []
+        hook = model.image_encoder.trunk.blocks[0].block.attn.register_forward_hook(lambda *_: calls.append(1))
+        monkeypatch.setattr(fusion, "MOST_WINDOWS", 3)
+        parts = model(*batch).logits
+    hook.remove()
+    assert len(calls) == 3  # 2 x 4 windows
+    torch.testing.assert_close(parts, whole)
+
+
+def test_a_model_is_built_without_a_look_at_the_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert {p.device.type for p in build_image_encoder(PRESETS["tiny"]).parameters()} == {"cpu"}
+
+
+def test_a_full_card_is_not_called_a_damaged_checkpoint(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = small_model()
+    checkpoint = checkpoints.model_entries(model) | {"model_name": "tiny"}
+    monkeypatch.setattr(checkpoints, "RS2SAM2", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoints.rebuild(checkpoint)
+
+
+def test_a_compiler_that_is_missing_is_one_line_and_the_run_goes_on(monkeypatch, capsys):
+    def backend(*_):
+        raise RuntimeError("Failed to find\n C compiler. Set TORCHDYNAMO_VERBOSE=1")
+
+    compiled = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    devices.compile_here(compiled.append, torch.nn.Linear(1, 1))
+    said = capsys.readouterr().out
+    assert said.startswith("torch.compile does not work here, training goes on without it, slower (") and not compiled
+    assert said.endswith("Failed to find C compiler.)\n") and said.count("\n") == 1
+    torch._dynamo.reset()
+
+
+def test_compiling_is_announced_and_its_progress_told(monkeypatch, capsys):
+    callbacks, seconds, model = [], [0.0], torch.nn.Linear(1, 1)
+    monkeypatch.setattr(torch, "compile", EAGER)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/kernels")
+    monkeypatch.setattr("os.makedirs", lambda *_, **__: None)
+    monkeypatch.setattr(torch._dynamo.callback, "on_compile_end", callbacks.append)
+    monkeypatch.setattr(devices.time, "monotonic", lambda: seconds[0])
+    devices.compile_here(lambda given: 3 if given is model else 0, model)
+    said = capsys.readouterr().out
+    assert said.startswith("compiling 3 kinds of blocks in the first step: minutes, once on this machine, as /kernels")
+    assert "TORCH_COMPILE_DISABLE=1 starts at once" in said and said.count("\n") == 1
+    for seconds[0] in (5.0, 21.0, 30.0, 50.0):
+        callbacks[0]()
+    assert capsys.readouterr().out == "compiled 2 of about 6 graphs in 21 s\ncompiled 4 of about 6 graphs in 50 s\n"
+    with torch._dynamo.config.patch(disable=True):  # TORCH_COMPILE_DISABLE=1
+        devices.compile_here(callbacks.append, model)
+    assert len(callbacks) == 1 and not capsys.readouterr().out
+
+
+def test_what_fails_on_a_card_alone_is_one_sentence(monkeypatch):
+    def backend(*_):
+        raise RuntimeError("it is\n broken")
+
+    with pytest.raises(UserError, match="the card's memory is full: take a smaller --model, or a card") as error:
+        with devices.card_failures():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    assert error.value.exit_code == 1
+    told = r"torch.compile failed \(.*it is broken.*\): train slower by TORCH_COMPILE_DISABLE=1 in the environment"
+    with pytest.raises(UserError, match=told), devices.card_failures():
+        torch.compile(torch.sin, backend=backend)(torch.ones(1))
+    waited = []
+    monkeypatch.setattr(processes, "wait_for_the_end", lambda: waited.append(1))
+    monkeypatch.setattr(processes, "rank", lambda: 1)  # the other process says it too, and its end is the end of both
+    with pytest.raises(UserError, match="the card's memory is full: try less"), devices.card_failures("try less"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert waited
+
+
+@pytest.mark.parametrize(
+    "samples, accumulate, checkpointing, ways",
+    [
+        (8, 1, False, "use --accumulate 8 (now 1) and --checkpoint-activations, or take a smaller --set image_size or --model"),
+        (4, 4, False, "use --checkpoint-activations, or take a smaller --set image_size or --model"),
+        (4, 2, True, "use --accumulate 4 (now 2), or take a smaller --set image_size or --model"),
+        (4, 4, True, "take a smaller --set image_size or --model"),
+    ],
+)
+def test_only_flags_that_are_left_are_named(samples, accumulate, checkpointing, ways):
+    given = Namespace(accumulate=accumulate, checkpoint_activations=checkpointing)
+    assert devices.ways_to_fit(samples, given) == ways
+
+
+def test_memory_is_counted_by_a_card_s_rules_of_precision():
+    x = torch.ones(4, 8, dtype=torch.bfloat16)
+    with counting.CudaAutocast():
+        assert x.softmax(-1).dtype == x.pow(2).dtype == torch.nn.functional.layer_norm(x, (8,)).dtype == torch.float32
+        assert torch.nn.functional.gelu(x).dtype == (x @ x.T).dtype == torch.bfloat16
+
+
