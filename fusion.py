@@ -184,7 +184,8 @@ class FusedBlock(nn.Module):
         if window == 0:
             return self.block.attn(x)  # (B, H', W', D_out)
         x, _ = window_partition(x, window)  # (B*windows, w, w, D_in)
-        x = torch.cat([self.block.attn(part) for part in x.split(MOST_WINDOWS)])  # (B*windows, w', w', D_out)
+        parts = [self.block.attn(part) for part in x.split(MOST_WINDOWS)]  # (<= MOST_WINDOWS, w', w', D_out)
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]  # (B*windows, w', w', D_out)
         window = x.shape[1]  # halved by query pooling
         padded_hw = tuple(math.ceil(side / window) * window for side in out_hw)
         return window_unpartition(x, window, padded_hw, out_hw)  # (B, H', W', D_out)
