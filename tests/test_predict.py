@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import itertools
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -23,12 +25,15 @@ import predict
 from annotations.jobs import find_jobs
 from data import open_dataset
 from evaluate import score
+from experiments import page
 from imagery import plain, results
 from model import RS2SAM2
 from predict import RS2SAM2Predictor
 from presets import PRESETS, RECIPES
 from runtime.errors import UserError
 from synthetic_scenes.scenes import make_scenes
+
+ROOT = Path(predict.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -357,3 +362,31 @@ def test_a_geotiff_becomes_a_geotiff_and_geojson(run, tmp_path, monkeypatch):
         (line,) = lines(tmp_path / out)
         assert note in " ".join(line["notes"]) and all(note in said for note in line["notes"]) and "polygons" not in line
         assert rasterio.open(tmp_path / out / line["mask"]).shape == rasterio.open(image).shape
+
+
+def test_a_page_shows_the_mask_the_pseudo_mask_and_their_files(predictor, ckpt, picture, tmp_path, monkeypatch):
+    overlay, lit, words, files = page.answer(predictor, str(tmp_path), str(picture), "the ship")
+    mask = predictor.predict(picture, "the ship")[0]
+    assert np.array_equal(np.asarray(Image.open(files[0])) > 0, mask) and len(files) == 1 and Path(overlay).is_file()
+    assert lit.shape == (90, 120, 3) and lit.dtype == np.uint8 and words.startswith('plane.png, "the ship": ')
+    for path, phrase, sentence in ((None, "x", "no picture"), (str(picture), " ", "is empty"), ("a.png", "x", "no image")):
+        with pytest.raises(UserError, match=sentence):
+            page.answer(predictor, str(tmp_path), path, phrase)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match="pip install gradio"):
+        page.main(["--ckpt", str(ckpt)])
+
+
+def test_the_snippets_of_the_docs_run_in_another_folder(ckpt, picture):
+    """docs/embedding.md, and its list of names, which is what stands at the top of this project."""
+    text = (ROOT / "docs" / "embedding.md").read_text()
+    (folder := picture.parent).joinpath("best.pt").write_bytes(ckpt.read_bytes())
+    code = "\n".join(re.findall("```python\n(.*?)```", text, re.DOTALL)) + "print(len(masks), p.min() >= 0, grey.shape)"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "There is no image gone.png: check the name.\n2 True (90, 120)\n"
+    assert (folder / "model.pt2").stat().st_size > 1e6
+    names = re.search("takes these names(.*?)Importing", text, re.DOTALL)[1]
+    top = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert set(re.findall("`(\\w+)`", names)) == top
