@@ -126,10 +126,10 @@ def parameter_groups(model: RS2SAM2, recipe: Recipe) -> list[dict]:
 
 
 def optimizers_for(model: RS2SAM2, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW, and with Muon a second one for the matrices."""
+    """AdamW, and with Muon a second one for the matrices; a fifth step of Newton and Schulz is not worth its time on a CPU."""
     groups = parameter_groups(model, recipe)
     adamw = torch.optim.AdamW(groups[:2], betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-    return [adamw, Muon(groups[2:], weight_decay=recipe.weight_decay, nesterov=True)] if recipe.muon else [adamw]
+    return [adamw, Muon(groups[2:], weight_decay=recipe.weight_decay, nesterov=True, ns_steps=4)] if recipe.muon else [adamw]
 
 
 def on_device(model: RS2SAM2, device: torch.device) -> RS2SAM2:
