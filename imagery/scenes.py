@@ -18,6 +18,7 @@ import contextlib
 import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -65,11 +66,14 @@ def asked_scene(path: Path, picture: Image.Image | None, rasterio, bands: tuple[
     (refuse_for_training if as_stored else refuse_by_header)(path, picture, file)
     if not rasterio and (reason := beyond_pillow(picture, path, as_stored)):
         raise UserError(f"{path} {reason}, which needs rasterio: pip install rasterio shapely pyproj.")
+    # Of a BMP of 32 bits that Pillow doesn't know GDAL ignores which are red, green and blue; OpenCV reads no others of them.
+    if file and not picture and file.driver == "BMP" and (pixels := cv2.imread(os.fspath(path))) is not None:
+        picture = Image.fromarray(pixels[..., ::-1])
     if picture and (not file or says_all(picture, file)):
         try:
             notes = loaded(picture, path)
         except UserError:
-            if not file or picture.format != "TIFF":  # of which Pillow lacks some compressions
+            if not file or picture.format not in ("TIFF", "JPEG2000"):  # Pillow lacks some compressions and reduced colours
                 raise
         else:
             return plain_image(picture, path, bands, as_stored, notes, file)

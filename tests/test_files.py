@@ -137,6 +137,10 @@ KINDS = {
         expand(A >> 3, 5), None, 5, ""),
     "BMP of 4 bits a colour": (lambda p: bitfields(p / "5.bmp", 16, (0xF00, 0xF0, 0xF), packed(8, 4, 0, bits=4)),
         expand(A >> 4, 4), None, 15, ""),
+    "BMP of 10 bits a colour": (
+        lambda p: bitfields(p / "6.bmp", 32, (0x3FF00000, 0xFFC00, 0x3FF), packed(22, 12, 2), header=56), A, None, 2, ""),
+    "JPEG 2000 of reduced colours": (lambda p: tiff(p / "s.jp2", A // 4, driver="JP2OpenJPEG", YCBCR420="YES", QUALITY=100,
+        REVERSIBLE="NO", **NOWHERE), A // 4, None, 6, ""),
     "blue, green, red": (lambda p: tiff(p / "b.tif", A[..., [2, 1, 0, 1]], ("blue", "green", "red", "undefined"),
         photometric="MINISBLACK", alpha="NO"), A, None, 0, "Bands 3, 2, 1"),
     "blue, green, red in words": (lambda p: tiff(p / "b.tif", A[..., ::-1], after=lambda f: setattr(
