@@ -61,7 +61,15 @@ from data import Collate, ReferringDataset, open_dataset
 from imagery.pictures import captioned, fitted, grid, lit, outlined
 from imagery.results import probabilities
 from model import count_parameters
-from runtime.devices import autocast, choose_threads, compute_dtype, default_workers, pick_device, to_device
+from runtime.devices import (
+    autocast,
+    card_failures,
+    choose_threads,
+    compute_dtype,
+    default_workers,
+    pick_device,
+    to_device,
+)
 from runtime.errors import UserError, exit_on_user_error
 from runtime.processes import gather, process_group, rank, rank_0_first, world_size
 from runtime.progress import Progress
@@ -287,7 +295,8 @@ def print_results(result: dict) -> None:
 def main() -> None:
     args = command_line().parse_args()
     choose_threads()
-    with process_group(), exit_on_user_error("evaluate.py"):
+    way_out = "let other programs leave it, or compute on the CPU by CUDA_VISIBLE_DEVICES= in the environment"
+    with process_group(), exit_on_user_error("evaluate.py"), card_failures(way_out):
         for path in filter(None, (args.json, args.predictions)):
             if path.exists() or not path.parent.is_dir():
                 raise UserError(f"{path} exists or has no folder: name another file, nothing is overwritten")

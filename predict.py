@@ -71,7 +71,7 @@ from imagery.results import Job, ResultFolder, readable
 from imagery.scenes import as_scene, open_scene
 from imagery.tiles import TILE, TILINGS, batches, coarseness_note, is_large, scene_rows
 from model import RS2SAM2, Output
-from runtime.devices import choose_threads, compute_dtype, usable_device
+from runtime.devices import card_failures, choose_threads, compute_dtype, usable_device
 from runtime.errors import UserError, exit_on_user_error
 from runtime.progress import Progress
 from weights.checkpoints import load_checkpoint, model_entries
@@ -251,7 +251,8 @@ class PredictionRun:
         args, (jobs, scenes) = self.args, zip(*pending) if pending else ((), ())
         phrases, options = [job.phrase for job in jobs], (args.tile, args.tiling, args.batch)
         try:
-            rows = list(scene_rows(self.predictor.look, scenes, phrases, *options))
+            with card_failures("use a smaller --batch, or --device cpu"):
+                rows = list(scene_rows(self.predictor.look, scenes, phrases, *options))
         except Exception as error:
             if len(pending) == 1:
                 return self.fail(jobs[0], error)
@@ -288,9 +289,10 @@ def main() -> None:
     args = command_line().parse_args()
     choose_threads()
     sys.stdout.reconfigure(errors="replace")  # a phrase may hold what the terminal has no letters for
-    with exit_on_user_error("predict.py"):
+    with exit_on_user_error("predict.py"), card_failures("name another card by --device, or use --device cpu"):
         jobs = find_jobs(args.image, args.phrase)
         predictor = RS2SAM2Predictor.from_pretrained(args.ckpt, args.device)
+        predictor.model.requires_grad_(False).cast_frozen(predictor.dtype)  # once: autocast would in every forward pass
         print(weights_line(args.ckpt, predictor.facts), flush=True)
         failures = PredictionRun(predictor, args, jobs).run()
     if failures:

@@ -19,11 +19,15 @@ if __name__ == "__main__":
     ))  # fmt: skip
 
 import torch
+from sam2.modeling.sam2_utils import LayerNorm2d
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from fusion import TextToVisionAdapter
 from losses import total_loss
 from model import RS2SAM2, count_parameters
 from presets import PRESETS, RECIPES
@@ -96,6 +100,17 @@ class Live(TorchDispatchMode):
         return out
 
 
+def as_on_a_card(model: RS2SAM2) -> None:
+    """Let a model on a CPU compute what takes memory as CUDA does: norms in float32, and masked attention with the matrix of
+    its weights where heads are no multiple of 8 wide, for which no fused kernel is."""
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, LayerNorm2d)):
+            module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+        if isinstance(module, TextToVisionAdapter) and module.vision_reads_text.head_dim % 8:
+            attention = module.vision_reads_text
+            attention.forward = sdpa_kernel(SDPBackend.MATH)(attention.forward)
+
+
 @contextlib.contextmanager
 def fake_model(name: str, image_size: int | None):
     """A preset on fake tensors, which have shapes and no content: to count FLOPs and bytes in seconds, on any machine."""
@@ -139,6 +154,7 @@ def training_memory(name: str, checkpointing: bool) -> tuple[float, float]:
     peaks = []
     with fake_model(name, None) as model:
         model.cast_frozen(torch.bfloat16)
+        as_on_a_card(model)
         model.image_encoder.checkpoint_activations = checkpointing
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = 4 * count_parameters(model)["trained"]

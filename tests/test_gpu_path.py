@@ -1,14 +1,18 @@
 """What a card needs and a CPU can show: compilation by block, what fails where memory or a compiler is missing."""
 
 from argparse import Namespace
+from dataclasses import asdict
 from functools import partial
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from test_experiments import batch_for, small_model
 from torch._dynamo.utils import counters
 
 import fusion
+import predict
 from experiments import counting, speed
 from model import build_image_encoder, compile_blocks
 from presets import PRESETS, RECIPES
@@ -155,10 +159,39 @@ def test_only_flags_that_are_left_are_named(samples, accumulate, checkpointing, 
     assert devices.ways_to_fit(samples, given) == ways
 
 
-def test_memory_is_counted_by_a_card_s_rules_of_precision():
-    x = torch.ones(4, 8, dtype=torch.bfloat16)
-    with counting.CudaAutocast():
-        assert x.softmax(-1).dtype == x.pow(2).dtype == torch.nn.functional.layer_norm(x, (8,)).dtype == torch.float32
-        assert torch.nn.functional.gelu(x).dtype == (x @ x.T).dtype == torch.bfloat16
+def test_memory_is_counted_as_a_card_takes_it():
+    model = small_model()
+    counting.as_on_a_card(model)
+    dtypes, block = [], model.image_encoder.trunk.blocks[1]  # of heads 8 wide, whose attention stays fused
+    block.block.norm1.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
+    with counting.Live() as fused, torch.autocast("cpu", torch.bfloat16):
+        model(*batch_for(model, [7] * 4))
+    assert dtypes == [torch.float32]
+    narrow = small_model(reduction=2)
+    lives = [fused]
+    for cast in (lambda _: None, counting.as_on_a_card):
+        cast(narrow)
+        with counting.Live() as live, torch.autocast("cpu", torch.bfloat16):
+            narrow(*batch_for(narrow, [7] * 4))
+        lives.append(live)
+    assert lives[1].peak < lives[2].peak
 
 
+def test_a_prediction_that_fills_the_card_names_the_batch_and_costs_itself_alone(tmp_path, monkeypatch, capsys):
+    def look(self, images, phrases):
+        if len(images) > 1 or phrases == ["too much"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert not any(p.requires_grad for p in self.model.parameters())  # and cast to the dtype on a card
+        return torch.zeros(len(images), 1, 16, 16)
+
+    made = {"model_name": "tiny", "data": None, "revision": "x", "recipe": asdict(RECIPES["tiny"]), "left_out": [], "epoch": 1}
+    torch.save(checkpoints.model_entries(small_model()) | made, tmp_path / "best.pt")
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((32, 32, 3), np.uint8))
+    monkeypatch.setattr(predict.RS2SAM2Predictor, "look", look)
+    arguments = f"--ckpt {tmp_path}/best.pt --image {tmp_path}/a.png --out {tmp_path}/out --phrase it --phrase"
+    monkeypatch.setattr(predict.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["predict.py", *arguments.split(), "too much"])
+    with pytest.raises(SystemExit) as end:
+        predict.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "1 of 2 failed" in said and "memory is full: use a smaller --batch, or --device cpu" in said
