@@ -181,7 +181,7 @@ class PlainImage(Scene):
     @contextlib.contextmanager
     def probability_file(self, path: Path, tags: dict | None = None):
         """The same of float32, as a TIFF."""
-        rows = PlainRows(np.zeros((self.height, self.width), np.float32))
+        rows = PlainRows(np.full((self.height, self.width), np.nan, np.float32))
         yield rows
         Image.fromarray(rows.pixels).save(path, "TIFF", compression="tiff_adobe_deflate")
 

@@ -126,6 +126,7 @@ def placed_raster(scene, path: Path, dtype: str, nodata: float | None, tags: dic
     options = {
         "driver": "GTiff", "height": scene.height, "width": scene.width, "count": 1, "dtype": dtype,
         "tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "BIGTIFF": "IF_SAFER",
+        "sparse_ok": dtype == "float32",
         "crs": scene.crs, "transform": scene.transform, "nodata": nodata,
     }  # fmt: skip
     with gdal(f"The result of {scene.name} can't be written") as rasterio, rasterio.open(path, "w", **options) as file:

@@ -166,9 +166,11 @@ def write_files(paths: dict[str, Path], scene: Scene, strips: Strips, about: dic
         value_file = values and files.enter_context(scene.probability_file(values, about))
         for top, logits, mask in strips:
             mask_file.write(top, pixels := result.add(top, logits, mask))
-            if value_file:
-                seen = pixels != NODATA if "probabilities" in paths else mask
-                value_file.write(top, np.where(seen, probabilities(logits), np.nan).astype(np.float32))
+            seen = pixels != NODATA if "probabilities" in paths else mask
+            if value_file and seen.any():
+                known = np.full(logits.shape, np.nan, np.float32)
+                known[seen] = probabilities(logits[seen])
+                value_file.write(top, known)
     facts = result.facts()
     empty = 1 - result.valid / (scene.height * scene.width)
     if empty >= 0.5:
