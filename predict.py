@@ -12,8 +12,9 @@ Into the folder --out go, for phrase n of an image, all or none of:
     <image's stem>-<n>-<phrase>.png           the mask, 0 and 255, as large as the image; for a GeoTIFF, or an image too
                                               large to be decoded whole, a .tif with the same georeferencing
     <image's stem>-<n>-<phrase>-overlay.png   the image with the mask lit and the phrase below, at most 1,600 pixels a side
-    <image's stem>-<n>-<phrase>.geojson       for a GeoTIFF, the mask's polygons in WGS 84 with phrase,
-                                              confidence (the whole mask's) and area_m2 (each polygon's)
+    <image's stem>-<n>-<phrase>.geojson       for a GeoTIFF, the mask's polygons in WGS 84 with image, phrase, model, weights,
+                                              date, and confidence and area_m2 of each
+    <image's stem>-<n>-<phrase>-probabilities.tif   with --probabilities
     results.jsonl                             a line for each result is added; a later line for the same mask replaces it
 
 Where two images of a run share a stem, eight digits of a digest of their path follow it. In results.jsonl: area_share
