@@ -246,7 +246,7 @@ def test_a_csv_without_splits_is_split_by_image(tmp_path, capsys):
         return {os.path.basename(sample.image): sample.split for sample in read_samples(tmp_path)[2]}
     splits = drawn(f"{n}.png" for n in range(30))
     assert Counter(splits.values()) == {"train": 24, "val": 3, "test": 3} and drawn(reversed(splits)) == splits
-    assert capsys.readouterr().out.count("it is drawn by image (train 24, val 3, test 3), the same every time\n") == 1
+    assert capsys.readouterr().out.count("they are drawn by image (train 24, val 3, test 3), the same every time\n") == 1
     more = drawn(f"{n}.png" for n in range(31))
     assert sum(more[name] != split for name, split in splits.items()) <= 2
     assert drawn(["a"]) == {"a": "train"} and [sorted(drawn("abc"[:n]).values()) for n in (2, 3)] == [
