@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 from runtime.arguments import answer_early
@@ -35,8 +36,9 @@ from weights.checkpoints import skip_initialisation
 
 LENGTH = 32  # text tokens, as most phrases are padded to
 CARDS = (8, 16, 24, 80)  # GB
-# Memory of a card that tensors can't have: the CUDA context and the kernels' workspaces; and the gaps between tensors.
-CONTEXT, GAPS = 0.8 * 2**30, 1.05
+# Memory of a card that tensors can't have: the CUDA context and the kernels' workspaces; and the gaps between tensors, as torch's
+# allocator leaves them without and with checkpointed activations.
+CONTEXT, GAPS = 0.8 * 2**30, {False: 1.03, True: 1.1}
 
 
 def blank_model(name: str, image_size: int | None) -> RS2SAM2:
@@ -77,8 +79,13 @@ def random_batch(model: RS2SAM2, size: int, device) -> tuple:
     return *images, ids, lengths, target
 
 
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors made while it is on: `live` now, `peak` at most. Works on fake tensors too."""
+    """Counts the bytes of the tensors made while it is on: `live` now, `peak` at most, with the workspace that CUDA's flash
+    attention takes in its backward pass. Works on fake tensors too."""
 
     def __init__(self):
         super().__init__()
@@ -95,8 +102,12 @@ class Live(TorchDispatchMode):
             if key not in self.known:
                 self.known.add(key)
                 self.live += size
-                self.peak = max(self.peak, self.live)
                 weakref.finalize(storage, self.forget, key, size)
+        workspace = 0
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+            B, heads, queries, width = args[1].shape  # on a card, where the gradient of the queries is summed
+            workspace = 4 * B * heads * round_up(queries, 128) * round_up(width, 32)
+        self.peak = max(self.peak, self.live + workspace)
         return out
 
 
@@ -145,11 +156,12 @@ def flops(name: str, image_size: int | None = None, backward: bool = True) -> di
     return counts
 
 
-def training_memory(name: str, checkpointing: bool) -> tuple[float, float]:
-    """Bytes of a training step in bfloat16 autocast, without compilation: (whatever the batch, for each image).
+def training_memory(name: str, checkpointing: bool) -> tuple[float, float, float]:
+    """Bytes of a training step in bfloat16 autocast, without compilation: (whatever the batch, for each image, at least).
 
-    The first are weights, gradients, AdamW's two moments (Muon has but one, so `tiny` needs less), averaged weights and the
-    weights' copies in bfloat16; the second the slope of the largest total of live tensors between 16 and 17 images.
+    The first are weights, AdamW's two moments (Muon has but one, so `tiny` needs less), averaged weights and the weights'
+    copies in bfloat16; the second the slope of the largest total of live tensors between 4 and 8 images. Gradients are whole
+    only after the activations are gone, so they count for the least alone.
     """
     peaks = []
     with fake_model(name, None) as model:
@@ -158,7 +170,7 @@ def training_memory(name: str, checkpointing: bool) -> tuple[float, float]:
         model.image_encoder.checkpoint_activations = checkpointing
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = 4 * count_parameters(model)["trained"]
-        for size in (16, 17):
+        for size in (4, 8):
             *inputs, target = random_batch(model, size, "cpu")
             model.zero_grad()
             with Live() as live:
@@ -167,27 +179,27 @@ def training_memory(name: str, checkpointing: bool) -> tuple[float, float]:
                 total_loss(output, target, RECIPES[name].losses)["loss"].backward()
             peaks.append(live.peak)
             del output
-    image = peaks[1] - peaks[0]
-    # Gradients are whole only after the last block's activations are gone: whichever is more.
+    image = (peaks[1] - peaks[0]) / 4
     steady = weights + trained * (2 + (RECIPES[name].ema > 0))
-    return steady + max(peaks[0] - 16 * image, trained), image
+    return steady + peaks[1] - 8 * image, image, steady + trained
 
 
-def memory_table() -> str:
-    """For every preset: FLOPs, and the batch that fits each card in training, computed."""
-    lines = ["| preset | GFLOP forward | GFLOP training | checkpointing | GiB fixed | GiB an image | "
-             + " | ".join(f"batch, {card} GB" for card in CARDS) + " |", "|---" * (6 + len(CARDS)) + "|"]  # fmt: skip
+def memory_table() -> Iterator[str]:
+    """The lines of a Markdown table, for every preset: FLOPs, and the batch that fits each card in training, computed."""
+    heads = ["preset", "GFLOP forward", "GFLOP training", "checkpointing", "GiB fixed", "GiB an image"]
+    heads += [f"batch, {card} GB" for card in CARDS]
+    yield f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|"
     for name in PRESETS:
         work = flops(name)
         for checkpointing in (False, True):
-            fixed, image = training_memory(name, checkpointing)
-            batches = [max(0, math.floor(((card * 2**30 - CONTEXT) / GAPS - fixed) / image)) for card in CARDS]
-            lines.append(
-                f"| {name} | {work['forward'] / 1e9:,.1f} | {work['train'] / 1e9:,.1f} | {'yes' if checkpointing else 'no'} "
-                f"| {fixed / 2**30:.2f} | {image / 2**30:.3f} | " + " | ".join(str(b or "-") for b in batches) + " |"
-            )
-    return "\n".join(lines)
+            fixed, image, least = training_memory(name, checkpointing)
+            rooms = [(card * 2**30 - CONTEXT) / GAPS[checkpointing] for card in CARDS]
+            batches = [max(0, math.floor((room - fixed) / image)) if room > least else 0 for room in rooms]
+            cells = [name, f"{work['forward'] / 1e9:,.1f}", f"{work['train'] / 1e9:,.1f}", "yes" if checkpointing else "no"]
+            cells += [f"{fixed / 2**30:.2f}", f"{image / 2**30:.3f}", *(str(b or "-") for b in batches)]
+            yield f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
-    print(memory_table())
+    for line in memory_table():
+        print(line, flush=True)

@@ -1,4 +1,5 @@
-"""How fast a model is, and how much memory it takes. Results are appended, as Markdown tables, to docs/speed.md.
+"""How fast a model is, and how much memory it takes. Results are appended, as Markdown tables, to docs/speed.md, each line
+when it is known.
 
     python -m experiments.speed --model paper --batch-size 1 4 8 --compile default --baseline      on a GPU
     python -m experiments.speed --model tiny --batch-size 8 --tasks forward train evaluate loader
@@ -9,8 +10,8 @@ Weights and inputs are random. Tasks: train (forward, loss, backward, clipping, 
 alone, and beside the training step), forward (as evaluate.py calls the model), evaluate (its whole loop over generated
 scenes of 800 pixels, loader and scoring included). On a CPU the variants of a task are timed in turns, so that what
 else the machine does slows them alike, on a card one after the other, as each keeps memory of its own; a figure is the
-median over --repeats. --baseline times the published settings beside them, on the same weights: batch 1, SAM 2 in
-float32, multi-head attention that returns its weights, no compilation, a synchronisation and an emptied cache
+median over --repeats. --baseline times the published settings beside them, on the same weights with the same optimiser:
+batch 1, SAM 2 in float32, multi-head attention that returns its weights, no compilation, a synchronisation and an emptied cache
 after each step. MFU is the share of what the device reaches on a large product.
 """
 
@@ -18,7 +19,6 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import dataclasses
 import gc
 import itertools
 import math
@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -208,11 +209,11 @@ def flushed(run) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(clock: Device, runs: dict, repeats: int, warmup: int) -> dict:
-    """{key: (settings, run)} -> {key: (median seconds, peak bytes)}; (inf, 0) where memory ran out."""
+def measure(clock: Device, runs: dict, repeats: int, warmup: int) -> Iterator[tuple]:
+    """{key: (settings, run)} -> (key, median seconds, peak bytes) of each when it is known; (inf, 0) where memory ran out."""
     count = repeats + warmup
     keys = list(runs) * count if not clock.cuda else [k for k in runs for _ in range(count)]
-    times, peaks = {key: [] for key in runs}, {}
+    times, peaks = {key: [] for key in runs}, dict.fromkeys(runs, 0)
     for key in keys:
         settings, run = runs[key]
         with settings():
@@ -225,7 +226,8 @@ def measure(clock: Device, runs: dict, repeats: int, warmup: int) -> dict:
         if math.inf in times[key]:
             gc.collect()
             torch.cuda.empty_cache()
-    return {key: (statistics.median(t[warmup:]), peaks.get(key, 0)) for key, t in times.items()}
+        if len(times[key]) == count:
+            yield key, statistics.median(times[key][warmup:]), peaks[key]
 
 
 def compiled(model: RS2SAM2, mode: str) -> torch.nn.Module:
@@ -239,9 +241,13 @@ def compiled(model: RS2SAM2, mode: str) -> torch.nn.Module:
 
 
 def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step: Step, dataset) -> dict:
-    """{(variant, batch size): (settings, run)} of one task."""
+    """{(variant, batch size): (settings, run)} of one task, the published settings first."""
     runs, precision = {}, partial(autocast, clock.device)
     batches = {size: random_batch(model, size, clock.device) for size in {1, *args.batch_size}}
+    if args.baseline and task != "evaluate":
+        settings = partial(published_settings, model, half_encoder=clock.cuda and task == "train")
+        once = {"forward": forward_once, "train": step}[task]
+        runs[BASELINE, 1] = settings, partial(flushed, partial(once, model, batches[1], contextlib.nullcontext))
     for size, (variant, call) in itertools.product(args.batch_size, calls.items()):
         runs[variant, size] = (
             contextlib.nullcontext,
@@ -251,42 +257,28 @@ def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step:
                 "evaluate": partial(score, call, dataset, batch_size=size, workers=args.workers),
             }[task],
         )
-    if args.baseline and task != "evaluate":
-        settings = partial(published_settings, model, half_encoder=clock.cuda and task == "train")
-        if task == "train" and RECIPES[args.model].muon:  # published: AdamW alone
-            step = Step(model, dataclasses.replace(RECIPES[args.model], muon=0.0))
-        once = {"forward": forward_once, "train": step}[task]
-        runs[BASELINE, 1] = settings, partial(flushed, partial(once, model, batches[1], contextlib.nullcontext))
     return runs
 
 
-def task_rows(task: str, results: dict, images: int | None, work: dict, product: float, name: str) -> list[str]:
+def task_rows(name: str, task: str, results: Iterable, images: int | None, work: dict, product: float) -> Iterator[str]:
     """A table's lines for the results of one task; images: how many a run sees, where that is not the batch."""
-    rates = {key: (images or key[1]) / seconds for key, (seconds, _) in results.items()}
-    baseline, lines = rates.get((BASELINE, 1)), []
-    for (variant, size), (_, memory) in results.items():
-        rate = rates[variant, size]
-        cells = [name, task, variant, str(size)]
+    baseline = None
+    for (variant, size), seconds, memory in results:
+        cells, rate = [name, task, variant, str(size)], (images or size) / seconds
         if rate == 0:
-            lines.append(f"| {' | '.join(cells)} | out of memory | | | | |")
+            yield f"| {' | '.join(cells)} | out of memory | | | | |"
             continue
+        baseline = rate if variant == BASELINE else baseline
         mfu = f"{100 * rate * work['train' if task == 'train' else 'forward'] / product:.1f} %"
-        cells += [
-            f"{rate:.3g}",
-            f"{1000 / rate:.4g}",
-            mfu,
-            f"{memory / 2**30:.2f}",
-            f"{rate / baseline:.2f}" if baseline else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        times = f"{rate / baseline:.2f}" if baseline else ""
+        yield f"| {' | '.join([*cells, f'{rate:.3g}', f'{1000 / rate:.4g}', mfu, f'{memory / 2**30:.2f}', times])} |"
 
 
-def loader_rows(args, model, clock: Device, step: Step, call, root: Path) -> list[str]:
+def loader_rows(args, model, clock: Device, step: Step, call, root: Path) -> Iterator[str]:
     """The training set's loader alone, with one worker, and beside the training step, with the share that waits for it."""
     sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
     dataset = open_dataset(root, "train", one_phrase=True, augment=RECIPES[args.model].augment, **sizes)
-    size, precision, lines = args.batch_size[-1], partial(autocast, clock.device), []
+    size, precision = args.batch_size[-1], partial(autocast, clock.device)
     for workers, training in ((1, False), (max(1, args.workers), True))[: 1 + ("train" in args.tasks)]:
         loader = DataLoader(dataset, size, num_workers=workers, drop_last=True, pin_memory=clock.cuda,
                             collate_fn=Collate(model.union_encoder.tokenizer), persistent_workers=True)  # fmt: skip
@@ -303,8 +295,7 @@ def loader_rows(args, model, clock: Device, step: Step, call, root: Path) -> lis
         rate, waiting = images / (ready - start), 100 * waited / (ready - start)
         what = f"beside training, which waits {waiting:.1f} % of the time" if training else "alone"
         what = f"{args.model} | loader | {what}, {workers} worker{'s' * (workers > 1)}"
-        lines.append(f"| {what} | {size} | {rate:.3g} | {1000 / rate:.4g} | | | |")
-    return lines
+        yield f"| {what} | {size} | {rate:.3g} | {1000 / rate:.4g} | | | |"
 
 
 def profile(model: RS2SAM2, clock: Device, batch) -> str:
@@ -342,25 +333,33 @@ def profile(model: RS2SAM2, clock: Device, batch) -> str:
     return "\n".join([*lines, f"| all | {1000 * whole:.1f} | 100 % |"])
 
 
-def measured(args) -> str:
-    """Everything the command line asks for, on the device -> Markdown."""
+def expected_minutes(args, work: dict, product: float) -> float:
+    """How long the tasks take at 30 % MFU, the loader not counted; five minutes for each compilation."""
+    kinds = {"train": work["train"], "forward": work["forward"], "evaluate": 4 * work["forward"]}
+    flop = sum(kinds.get(task, 0) for task in args.tasks) * (args.repeats + args.warmup + 1)
+    images = sum(args.batch_size) * (1 + len(args.compile)) + args.baseline
+    return flop * images / (0.3 * product) / 60 + 5 * len(args.compile) * len(args.batch_size) * len(args.tasks)
+
+
+def measured(args) -> Iterator[str]:
+    """Everything the command line asks for, on the device -> lines of Markdown, each when it is known."""
     clock = Device(args.device)
     model = random_model(args.model, args.image_size, args.seed).to(clock.device)
     if clock.cuda:
         model.cast_frozen(compute_dtype())
     model.image_encoder.checkpoint_activations = args.checkpoint_activations
     work, product = flops(args.model, args.image_size), clock.product()
-    text = (f"{clock.describe()}; {product / 1e12:.2f} TFLOP/s on a large product; {model.preset.image_size} pixels; "
-            f"{work['forward'] / 1e9:,.1f} GFLOP an image forward, {work['train'] / 1e9:,.1f} in training; "
-            f"median of {args.repeats}, seed {args.seed}.\n\n")  # fmt: skip
+    yield (f"{clock.describe()}; {product / 1e12:.2f} TFLOP/s on a large product; {model.preset.image_size} pixels; "
+           f"{work['forward'] / 1e9:,.1f} GFLOP an image forward, {work['train'] / 1e9:,.1f} in training; "
+           f"median of {args.repeats}, seed {args.seed}.\n")  # fmt: skip
     if args.profile:
-        return text + profile(model.eval(), clock, random_batch(model, args.batch_size[-1], clock.device))
+        yield profile(model.eval(), clock, random_batch(model, args.batch_size[-1], clock.device))
+        return
+    print(f"(this will take {expected_minutes(args, work, product):.0f} minutes or so)\n", file=sys.stderr, flush=True)
+    yield "| preset | task | variant | batch | images/s | ms an image | MFU | peak GiB | times published |"
+    yield "|---" * 9 + "|"
     calls = {"as it is": model} | {f"compiled ({mode})": compiled(model, mode) for mode in args.compile}
     step = Step(model, RECIPES[args.model]) if "train" in args.tasks else None
-    lines = [
-        "| preset | task | variant | batch | images/s | ms an image | MFU | peak GiB | times published |",
-        "|---" * 9 + "|",
-    ]
     with tempfile.TemporaryDirectory() as folder:
         root, data, images = Path(folder) / "scenes", None, 4 * max(args.batch_size)
         if {"evaluate", "loader"} & set(args.tasks):
@@ -375,11 +374,10 @@ def measured(args) -> str:
                 if clock.cuda:
                     model.cast_frozen(compute_dtype())  # all weights, as evaluate.py does
             if task == "loader":
-                lines += loader_rows(args, model, clock, step, [*calls.values()][-1], root)
+                yield from loader_rows(args, model, clock, step, [*calls.values()][-1], root)
                 continue
             results = measure(clock, task_runs(args, task, model, clock, calls, step, data), args.repeats, args.warmup)
-            lines += task_rows(task, results, images if task == "evaluate" else None, work, product, args.model)
-    return text + "\n".join(lines)
+            yield from task_rows(args.model, task, results, images if task == "evaluate" else None, work, product)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -387,12 +385,12 @@ def main(arguments: list[str] | None = None) -> None:
     find_preset(args.model)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.workers = default_workers() if args.workers is None else args.workers
-    text = "\n\n" + memory_table() if args.memory else measured(args)
     command = " ".join(["python -m experiments.speed", *(sys.argv[1:] if arguments is None else arguments)])
-    head = f"\n### {time.strftime('%Y-%m-%d')}, `{command}`\n\ntorch {torch.__version__}, revision {revision() or 'unknown'}; "
-    print(head + text)
-    with open(args.out, "a") as f:
-        f.write(head + text + "\n")
+    head = f"\n### {time.strftime('%Y-%m-%d')}, `{command}`\n\ntorch {torch.__version__}, revision {revision() or 'unknown'}\n"
+    with open(args.out, "a") as file:
+        for line in itertools.chain([head], memory_table() if args.memory else measured(args)):
+            print(line, flush=True)
+            print(line, file=file, flush=True)
 
 
 if __name__ == "__main__":
