@@ -35,9 +35,9 @@ from presets import PRESETS, RECIPES
 from weights.checkpoints import skip_initialisation
 
 LENGTH = 32  # text tokens, as most phrases are padded to
-CARDS = (8, 16, 24, 80)  # GB
-# Memory of a card that tensors can't have: the CUDA context and the kernels' workspaces; and the gaps between tensors, as torch's
-# allocator leaves them without and with checkpointed activations.
+CARDS = (8, 16, 24, 48, 80)  # GB
+# Memory of a card that tensors can't have: the CUDA context and the kernels' workspaces; and the gaps between tensors, which
+# torch's allocator leaves without and with checkpointed activations.
 CONTEXT, GAPS = 0.8 * 2**30, {False: 1.03, True: 1.1}
 
 
