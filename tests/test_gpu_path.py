@@ -60,6 +60,10 @@ def test_alike_blocks_share_a_graph_and_nothing_is_compiled_twice(encoder, graph
     assert train(words=57) == train(words=5) == long
 
 
+def test_what_an_ablation_leaves_is_compiled_too():
+    assert compile_blocks(small_model(parts="fusion"), backend="eager") == compile_blocks(small_model(), backend="eager")
+
+
 def test_equal_parts_of_a_batch():
     with pytest.raises(UserError, match="a batch of 9 can't be divided evenly by 1 process with --accumulate 2"):
         processes.processes_for(1, 1, batch=9, parts=2)
