@@ -1,5 +1,6 @@
 """Masks of referring data sets: from a file, COCO RLEs or polygons to an array. What goes wrong is a ValueError."""
 
+import functools
 import re
 
 import cv2
@@ -90,7 +91,7 @@ def draw_parts(parts: tuple, canvas: tuple[int, int], size: tuple[int, int]) -> 
     if len({plane.shape for plane in planes}) > 1:
         raise ValueError("the parts of the mask differ in size")
     check_shape("the mask", planes[0].shape, size)
-    return np.maximum.reduce(planes)
+    return functools.reduce(np.maximum, planes)
 
 
 def decode_rle(rle: dict) -> np.ndarray:
@@ -144,7 +145,13 @@ def draw_polygon(polygon: list, height: int, width: int) -> np.ndarray:
         sound = False
     if not sound:
         raise ValueError("the mask has a polygon that is not a list of 3 or more points near the image")
-    (left, top), (right, bottom) = points.reshape(-1, 2).min(0), points.reshape(-1, 2).max(0)
-    if right < 0 or bottom < 0 or left > width or top > height:
+    corners = points.reshape(-1, 2).min(0), points.reshape(-1, 2).max(0)  # (left, top), (right, bottom)
+    if (corners[1] < 0).any() or (corners[0] > (width, height)).any():
         raise ValueError("the mask has a polygon outside of the image")
-    return np.ascontiguousarray(coco.decode(coco.frPyObjects([points.tolist()], height, width))[..., 0])
+    # On the least canvas that holds it, then of that its own box; drawn elsewhere, a polygon can come out a pixel different.
+    left, top = np.maximum(corners[0] - 1, 0).astype(int)
+    right, bottom = np.minimum(corners[1] + 2, (width, height)).astype(int)
+    drawn = coco.decode(coco.frPyObjects([points.tolist()], bottom, right))[..., 0]
+    plane = np.zeros((height, width), np.uint8)
+    plane[top:bottom, left:right] = drawn[top:, left:]
+    return plane

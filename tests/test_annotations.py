@@ -38,7 +38,7 @@ from test_data import (
 )  # fmt: skip
 
 import data
-from annotations.masks import decode_rle, survives_encoding
+from annotations.masks import decode_rle, draw_polygon, survives_encoding
 from imagery.pixels import read_image
 from runtime.errors import UserError
 
@@ -60,6 +60,20 @@ def test_masks_of_refs_and_their_encodings(tmp_path):
             assert np.array_equal(decode_rle(rle(mask)), mask) and survives_encoding(rle(mask))
     empty_runs = {"size": [2, 2], "counts": [1, 0, 1, 2, 0]}  # rare, but an RLE
     assert decode_rle(empty_runs).tolist() == [[0, 1], [0, 1]] and not survives_encoding(empty_runs)
+
+
+def test_polygons_are_drawn_as_pycocotools_draws_them_on_no_more_than_they_need(monkeypatch):
+    rng, decode, sizes = np.random.default_rng(0), coco.decode, []
+    monkeypatch.setattr(coco, "decode", lambda encoded: sizes.append(encoded[0]["size"]) or decode(encoded))
+    for number in range(1000):
+        height, width = (int(side) for side in rng.integers(1, 200, 2))
+        points = (rng.uniform(0, 1, 2) * (width, height) + rng.normal(0, rng.choice([3, 60]), (6, 2))).round(number % 3)
+        if (points.max(0) > 0).all() and (points.min(0) < (width, height)).all():
+            polygon = points.ravel().tolist()
+            whole = decode(coco.frPyObjects([polygon], height, width))[..., 0]
+            assert np.array_equal(draw_polygon(polygon, height, width), whole)
+    draw_polygon([10, 5, 30, 5, 30, 25, 10, 25], 4000, 4000)
+    assert sizes[-1] == [27, 32]
 
 
 def test_mask_files(tmp_path):
