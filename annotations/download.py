@@ -49,7 +49,8 @@ SOURCES = {
         "https://github.com/HIT-SIRS/CroBIM", layout="output_phrase_{train,val,test}.txt, img_rgb/ and mask/",
     ),
     "NWPU-Refer": Source(
-        "none stated", "the README of its authors' repository (Baidu)", layout=REFER.replace("refs(unc)", "new_refs(unc)"),
+        "none stated", "the README of its authors' repository (Baidu)",
+        layout=REFER.replace("refs(", "new_refs(").replace("inst", "new_inst"),
     ),
     "RRSIS-HR": Source("none stated", "the README of its authors' repository (Baidu, OneDrive)", layout=REFER),
     "RemoteSAM-270K": Source(

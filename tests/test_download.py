@@ -154,7 +154,7 @@ def test_of_sets_that_lie_elsewhere_the_address_is_told(hub, capsys):
         assert download(name) is None
         told = capsys.readouterr().out
         assert f"make the folder data/{name} with" in told and SOURCES[name].licence in told and SOURCES[name].address in told
-    assert not hub.asked and not Path("data").exists()
+    assert not hub.asked and not Path("data").exists() and "and new_instances.json in" in SOURCES["NWPU-Refer"].layout
 
 
 @pytest.mark.parametrize("entry", ["../out.txt", "a/../../out.txt", "/out.txt", "C:/out.txt", "..\\out.txt"])
@@ -305,12 +305,14 @@ def test_a_checkpoint_s_name_is_a_path_first_and_found_again_without_network(hub
 
 def test_a_name_that_gives_no_checkpoint_is_one_sentence(hub, monkeypatch):
     hub.repositories["me/mine"] = {"a/model.safetensors": b"", "b/x.pt": b"", "b/y.pt": b"", "README.md": b""}
+    hub.repositories["me/one"] = {"best.pt": b""}
     for name, expected in (
         ("me/none", "checkpoint me/none, which is no path here: http.* says no, there is no such repository"),
         ("me/mine@v9", "it has no such revision"),
         ("me/mine", "me/mine holds no checkpoint: name after a colon one of its files or folders with weights: a, b$"),
-        ("me/mine:b", "one of its files or folders with weights: a, b, b/x.pt, b/y.pt"),
+        ("me/mine:b", "one of its files or folders with weights: a, b/x.pt, b/y.pt$"),
         ("me/mine:gone.pt", "me/mine:gone.pt holds no checkpoint"),
+        ("me/one:gone.pt", "with weights: best.pt$"),
     ):
         assert_refused(name, expected)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=-1))

@@ -143,8 +143,9 @@ def checkpoint_files(names: list[str], inside: str, name: str | Path) -> tuple[l
     elif len(loose) == 1:
         weights, chosen = loose, loose[0]
     else:
-        folders = {str(PurePosixPath(file).parent) for file in names if PurePosixPath(file).suffix in SUFFIXES}
-        known = ", ".join(sorted([*loose, *folders - {"."}])[:8]) or "none"
+        weights = [PurePosixPath(file) for file in names if PurePosixPath(file).suffix in SUFFIXES]
+        known = {str(file if file.parent in (folder, PurePosixPath()) else file.parent) for file in weights}
+        known = ", ".join(sorted(known)[:8]) or "none"
         raise UserError(f"{name} holds no checkpoint: name after a colon one of its files or folders with weights: {known}")
     beside = (str(folder / file) for file in ("config.json", *TOKENIZERS))
     return [*weights, *(file for file in beside if file in here and weights[0] != str(folder / "best.pt"))], chosen
