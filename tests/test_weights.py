@@ -7,6 +7,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import sentencepiece
@@ -120,6 +121,18 @@ def small_clip(tmp_path_factory):
     clip = open_clip.create_model("small-clip")
     torch.save(clip.state_dict(), folder / "small.pt")
     return clip.eval(), folder / "small.pt"
+
+
+def test_weights_beside_numpy_s_numbers_are_read_and_what_is_not_is_one_plain_sentence(small_clip, tmp_path):
+    clip, path = small_clip
+    numbers = {"epoch": np.float64(1), "loss": np.float32(2), "step": np.int64(3)}
+    torch.save(numbers | {"state_dict": clip.state_dict(), "optimizer": {"state": {}}}, tmp_path / "full.pt")
+    load_open_clip(open_clip_model("small-clip"), "small-clip", tmp_path / "full.pt")
+    state = read_state(tmp_path / "full.pt")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in clip.state_dict().items())
+    torch.save({"state_dict": clip.state_dict(), "args": Path("x")}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"small-clip \(it is damaged or of another kind\): name another file$"):
+        load_open_clip(open_clip_model("small-clip"), "small-clip", tmp_path / "other.pt")
 
 
 def test_the_towers_are_open_clip_s(small_clip):

@@ -7,12 +7,20 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from runtime.errors import UserError
 from weights.names import is_unused, our_name
+
+_scalar = np.float64(0).__reduce__()[0]
+# numpy's numbers, which other programs keep beside weights as epochs and losses: plain values too
+NUMBERS = [
+    np.dtype, *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]  # fmt: skip
 
 
 def require_file(path: str | Path) -> Path:
@@ -28,7 +36,8 @@ def read_file(path: str | Path):
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a dozen kinds, from zip errors to refused pickles
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged or of another kind"
         raise UserError(f"{path} can't be read as a file of tensors and plain values: {reason}") from error

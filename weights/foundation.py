@@ -2,10 +2,12 @@
 
 import json
 import math
+import pickle
 import re
 from pathlib import Path
 
 import open_clip
+import torch
 from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 from torch import nn
 
@@ -14,7 +16,7 @@ from model import check_sides
 from presets import Preset
 from runtime.errors import UserError
 from runtime.hub import gigabytes
-from weights.files import load_named, read_state, require_file
+from weights.files import NUMBERS, load_named, read_state, require_file
 from weights.hub import TOKENIZERS, HubFile, cached, fetch
 
 # Sizes of the presets' own files in bytes, by the numbers of their float32 parameters: told where the hub can't be asked.
@@ -115,9 +117,11 @@ def open_clip_file(name: str, source: str | Path) -> Path | HubFile:
 def load_open_clip(clip: nn.Module, name: str, path: str | Path) -> None:
     """Fill a whole CLIP from a file of its weights. The position table is interpolated where the resolution differs."""
     try:
-        open_clip.load_checkpoint(clip, str(path))
+        with torch.serialization.safe_globals(NUMBERS):
+            open_clip.load_checkpoint(clip, str(path))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        refused = isinstance(error, pickle.UnpicklingError)  # at length
+        reason = "it is damaged or of another kind" if refused else " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a checkpoint of open_clip's {name} ({reason}): name another file") from error
 
 
