@@ -128,6 +128,7 @@ def test_weights_beside_numpy_s_numbers_are_read_and_what_is_not_is_one_plain_se
     numbers = {"epoch": np.float64(1), "loss": np.float32(2), "step": np.int64(3)}
     torch.save(numbers | {"state_dict": clip.state_dict(), "optimizer": {"state": {}}}, tmp_path / "full.pt")
     load_open_clip(open_clip_model("small-clip"), "small-clip", tmp_path / "full.pt")
+    assert_refused(tmp_path / "full.pt", "foundation weights go to train.py, by --sam2 or --encoder-weights$")
     state = read_state(tmp_path / "full.pt")
     assert all(torch.equal(tensor, state[name]) for name, tensor in clip.state_dict().items())
     torch.save({"state_dict": clip.state_dict(), "args": Path("x")}, tmp_path / "other.pt")

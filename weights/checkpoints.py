@@ -119,7 +119,8 @@ def _read(path: Path) -> dict:
     if missing := {"preset", "model", "data", "model_name", "revision"} - names:
         raise UserError(
             f"{path} is neither a checkpoint of train.py (it holds no {', no '.join(sorted(missing))}) nor published "
-            f"RS2-SAM 2 weights (no names that begin with mm_extractor.beit3): foundation weights go to train.py"
+            f"RS2-SAM 2 weights (no names that begin with mm_extractor.beit3): foundation weights go to train.py, "
+            f"by --sam2 or --encoder-weights"
         )
     return _renewed(checkpoint, path)
 
