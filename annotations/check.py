@@ -81,7 +81,7 @@ def check(
     write_results(Path(sheet), picture, faults | notes)
     counts = [sum(map(len, findings.values())) for findings in (faults, notes)]
     if counts[0] or strict and counts[1]:
-        raise UserError(f"{root} has {counts[0]:,} faults and {counts[1]:,} notes: mend what is listed above.", exit_code=1)
+        raise UserError(f"{root}: faults {counts[0]:,}, notes {counts[1]:,}; mend what is listed above.", exit_code=1)
 
 
 def print_index(samples: list[Sample]) -> None:

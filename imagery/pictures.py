@@ -40,7 +40,7 @@ def captioned(image: np.ndarray, text: str, below: bool = False, lines: int = 1,
     """The picture with a white strip above it (or below) that holds the text.
 
     The text has letters of `size` pixels and at most `lines` lines, as many as it needs; "..." stands for the rest of it.
-    OpenCV's own font has Latin, Greek, Cyrillic, Arabic, Chinese, Japanese and Korean; "?" stands for every other letter.
+    OpenCV's own font has Latin, Greek, Cyrillic, Chinese, Japanese and Korean; "?" stands for every other letter.
     """
     font = cv2.FontFace("sans")
     letters = "".join(c for c in unicodedata.normalize("NFC", " ".join(text.split())) if c.isprintable())

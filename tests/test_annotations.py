@@ -148,7 +148,7 @@ def test_check_names_every_fault(tmp_path, checked):
     assert code == 1 and (said["missing files"], said["broken files"]) == ("1", "6")
     assert said["masks of another shape than their image"] == "1" and said["splits that are not there"] == "0"
     assert all(f"set/images/{n}.png" in names for n in range(7)) and "train 7.png: set/masks/7.png (40 x 50)" in names
-    assert said["error"] == "data.py: set has 8 faults and 0 notes: mend what is listed above.\n"
+    assert said["error"] == "data.py: set: faults 8, notes 0; mend what is listed above.\n"
     write_csv(root, [("8.png", "8.png", "lake", "train"), ("9.png", "9.png", "lake", "test")])
     code, said, names = checked()
     assert code == 1 and said["splits that are not there"] == "1" and "\nval\n" in names

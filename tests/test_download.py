@@ -269,7 +269,7 @@ def test_the_published_weights_are_scored_in_one_line(hub, published, spm, tmp_p
         line = f"evaluate.py --ckpt ReeF2025/RS2-SAM2:rrsisd --data RRSIS-D --protocol paper --json {form[:3]}.json"
         monkeypatch.setattr(sys, "argv", line.split())
         evaluate.main()
-        assert "samples" in capsys.readouterr().out
+        assert "samples" in (out := capsys.readouterr().out) and "trained on RRSIS-D" in out
         hub.redirects = True
         result = json.loads(Path(f"{form[:3]}.json").read_text())
         assert (result["model_name"], result["protocol"], len(result["rows"])) == ("paper", "paper", 1)

@@ -4,6 +4,7 @@ A checkpoint of train.py holds the complete Preset and Recipe as plain values, t
 ablation left out under "left_out". Older ones, whose preset names its architecture by a word, are brought into this form.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from annotations.layouts import NAMES
 from encoder import BEiT3Encoder, BEiT3Tokenizer, OpenCLIPEncoder, open_clip_model
 from fusion import PUBLISHED, Architecture
 from model import RS2SAM2
@@ -126,10 +128,13 @@ def _read(path: Path) -> dict:
 
 
 def _published(folder: Path, files: list[Path]) -> dict:
-    """A published checkpoint in the form of our own, but for the weights, which stay in `files`."""
+    """A published checkpoint in the form of our own, but for the weights, which stay in `files`. What it was trained on is
+    told by its folder's name, as in OWNER/NAME:rrsisd."""
+    said = re.sub("[^a-z]", "", folder.name.lower())  # rrsisd, refseg
+    data = next((name for name in NAMES if len(said) > 4 and name.lower().replace("-", "").startswith(said)), None)
     return {
         "preset": asdict(PRESETS["paper"]), "recipe": asdict(RECIPES["paper"]), "left_out": [], "files": files,
-        "tokenizer": published_tokenizer(folder).read_bytes(), "model_name": "paper", "data": None, "revision": "",
+        "tokenizer": published_tokenizer(folder).read_bytes(), "model_name": "paper", "data": data, "revision": "",
         "epoch": None,
     }  # fmt: skip
 
