@@ -370,7 +370,7 @@ def test_prompts_are_clicks_inside_or_boxes_and_corrections_point_at_what_is_wro
 
 def test_pretraining_reaches_all_of_sam2_and_nothing_else():
     torch.manual_seed(0)
-    model = pretrain.bare_sam2()
+    model = pretrain.bare_sam2(128)
     target = masks_of(*[(8 * i, 10, 8 * i + 30, 60) for i in range(8)])
     images = torch.randint(0, 256, (8, 3, 128, 128), dtype=torch.uint8)
     batch = {"image": images, "encoder_image": images, "target": target}

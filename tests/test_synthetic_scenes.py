@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from annotations import predicates
 from runtime.errors import UserError
 from synthetic_scenes import __main__ as command
 from synthetic_scenes import objects as words
@@ -218,8 +219,8 @@ def test_predicates_have_three_outcomes():
         return words.Object("ship", "red", "small", (x, y), np.ones((side, side), bool))
 
     anchor = thing(0.5, 0.5)
-    assert [words.is_at(thing(x, 0.5), "left") for x in (0.2, 0.45, 0.5)] == [True, None, False]
-    assert [words.is_at(thing(0.2, y), "upper left") for y in (0.2, 0.45, 0.6)] == [True, None, False]
-    assert [words.is_towards(thing(*xy), anchor, 0) for xy in ((0.9, 0.5), (0.8, 0.8), (0.5, 0.9))] == [True, None, False]
-    assert [words.is_most(thing(x, 0.5), [anchor], "leftmost") for x in (0.2, 0.46, 0.6)] == [True, None, False]
-    assert [words.is_most(thing(0, 0, side), [anchor], "largest") for side in (13, 11, 9)] == [True, None, False]
+    assert [predicates.is_at(thing(x, 0.5), "left") for x in (0.2, 0.45, 0.5)] == [True, None, False]
+    assert [predicates.is_at(thing(0.2, y), "upper left") for y in (0.2, 0.45, 0.6)] == [True, None, False]
+    assert [predicates.is_towards(thing(*xy), anchor, 0) for xy in ((0.9, 0.5), (0.8, 0.8), (0.5, 0.9))] == [True, None, False]
+    assert [predicates.is_most(thing(x, 0.5), [anchor], "leftmost") for x in (0.2, 0.46, 0.6)] == [True, None, False]
+    assert [predicates.is_most(thing(0, 0, side), [anchor], "largest") for side in (13, 11, 9)] == [True, None, False]
