@@ -198,9 +198,10 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
         for i, logits in enumerate(output.logits.float().split(1)):
             item = {key: values[i] for key, values in batch.items()}
             target = item["mask"] if protocol == "ours" else item["target"]
-            row = rows[indices[i]] = scored_row(item, masks_at(logits, target.shape), target, protocol)
+            whole = logits_at(logits, target.shape)
+            row = rows[indices[i]] = scored_row(item, whole > 0, target, protocol)
             if masks:
-                whole = logits_at(logits, item["mask"].shape)
+                whole = whole if target is item["mask"] else logits_at(logits, item["mask"].shape)
                 inside = probabilities(whole[whole > 0])
                 row |= {"segmentation": encode(whole > 0), "confidence": float(inside.mean()) if inside.size else 0.0}
     model.train(was_training)

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -92,7 +92,12 @@ class Target:
 
     members: list[Instance]
     ways: dict[str, list[tuple]]  # kind -> descriptions of that kind: (adjective, position, direction, anchor)
-    phrases: dict[str, str]  # phrase -> kind, once they are drawn
+    phrases: dict[str, str] = field(default_factory=dict)  # phrase -> kind, once they are drawn
+
+    @property
+    def category(self) -> str:
+        """What all members are: of ships and container ships "ship"."""
+        return min((o.category for o in self.members), key=len)
 
 
 def applies(name: str, category: str) -> bool:
@@ -165,12 +170,12 @@ def relations(me: Instance, others: list[Instance], anchors: list[tuple[Instance
 
 def groups(category: str, same: list[Instance], large_enough) -> list[Target]:
     """All objects of a name, and those at a position, where at least half of them could be named by themselves."""
-    found = {tuple(map(id, same)): Target(same, {"group": [("", "")]}, {})} if len(same) > 1 or same[0].crowd else {}
+    found = {tuple(map(id, same)): Target(same, {"group": [("", "")]})} if len(same) > 1 or same[0].crowd else {}
     for position in POSITIONS:
         outcomes = [holds(is_at, o, position) for o in same]
         members = [o for o, outcome in zip(same, outcomes) if outcome]
         if None not in outcomes and 1 < len(members) < len(same):
-            target = found.setdefault(tuple(map(id, members)), Target(members, {"group": []}, {}))
+            target = found.setdefault(tuple(map(id, members)), Target(members, {"group": []}))
             target.ways["group"].append(("", position))
     return [g for g in found.values() if sum(map(large_enough, g.members)) >= len(g.members) / 2]
 
@@ -181,8 +186,9 @@ def targets(rng: np.random.Generator, picture: Picture, min_share: float, left_o
     least = min_share * picture.shape[0] * picture.shape[1]
     nameable = [o for o in instances if o.area >= least and o.seen >= 0.5 and not o.crowd]
     left_out["cover no pixel"] += picture.unseen
+    chosen = {id(o) for o in nameable}
     for o in instances:
-        if all(o is not p for p in nameable):
+        if id(o) not in chosen:
             left_out["a crowd" if o.crowd else "too small" if o.area < least else "cut by a tile's border"] += 1
     others = {id(o): [p for p in namesakes(o.category, instances) if p is not o] for o in nameable}
     named = {id(o): descriptions(o, others[id(o)]) for o in nameable}
@@ -190,7 +196,7 @@ def targets(rng: np.random.Generator, picture: Picture, min_share: float, left_o
     for o in nameable:
         ways = named[id(o)] | {"relation": relations(o, others[id(o)], anchors)}
         if any(ways.values()):
-            found.append(Target([o], {kind: options for kind, options in ways.items() if options}, {}))
+            found.append(Target([o], {kind: options for kind, options in ways.items() if options}))
         else:
             left_out["no phrase is true of it alone"] += 1
     gathered = []
@@ -221,10 +227,9 @@ def noun(rng: np.random.Generator, named: tuple[str, ...], adjective: str = "", 
 
 def word(rng: np.random.Generator, target: Target, kind: str, here: set[str]) -> str:
     """One of the target's descriptions of a kind, in words; here: the picture's categories."""
-    category = min((o.category for o in target.members), key=len)
     adjective, position, *relation = pick(rng, target.ways[kind])
     count = 1 if kind != "group" else 0 if any(o.crowd for o in target.members) else len(target.members)
-    text = noun(rng, names(category, here), adjective, position, count or 99)
+    text = noun(rng, names(target.category, here), adjective, position, count or 99)
     if relation:
         direction, (anchor, ways) = relation
         how = pick(rng, [options for options in ways.values() if options])
@@ -268,9 +273,9 @@ def rows(args: argparse.Namespace, picture: Picture, stem: str, image: str, part
         for o in target.members:
             union[o.spot] |= o.mask
         cv2.imwrite(str(part / "masks" / mask), 255 * union)
-        category = min((o.category for o in target.members), key=len)
+        common = {"image": image, "mask": mask, "split": picture.split, "category": target.category}
         for phrase, kind in target.phrases.items():
-            yield {"image": image, "mask": mask, "phrase": phrase, "split": picture.split, "category": category, "kind": kind}
+            yield common | {"phrase": phrase, "kind": kind}
     split = "absent" if evaluated else "train"
     if (evaluated or rng.random() < args.absent) and (phrase := absent_phrase(rng, picture)):
         yield {"image": image, "mask": "", "phrase": phrase, "split": split, "category": "", "kind": "absent"}
