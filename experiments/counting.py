@@ -184,6 +184,12 @@ def training_memory(name: str, checkpointing: bool) -> tuple[float, float, float
     return steady + peaks[1] - 8 * image, image, steady + trained
 
 
+def fitting_batch(card: int, checkpointing: bool, fixed: float, image: float, least: float) -> int:
+    """The largest batch of a training step on a card of so many GB, by `training_memory`'s bytes; 0 where not one fits."""
+    room = (card * 2**30 - CONTEXT) / GAPS[checkpointing]
+    return max(0, math.floor((room - fixed) / image)) if room > least else 0
+
+
 def memory_table() -> Iterator[str]:
     """The lines of a Markdown table, for every preset: FLOPs, and the batch that fits each card in training, computed."""
     heads = ["preset", "GFLOP forward", "GFLOP training", "checkpointing", "GiB fixed", "GiB an image"]
@@ -193,8 +199,7 @@ def memory_table() -> Iterator[str]:
         work = flops(name)
         for checkpointing in (False, True):
             fixed, image, least = training_memory(name, checkpointing)
-            rooms = [(card * 2**30 - CONTEXT) / GAPS[checkpointing] for card in CARDS]
-            batches = [max(0, math.floor((room - fixed) / image)) if room > least else 0 for room in rooms]
+            batches = [fitting_batch(card, checkpointing, fixed, image, least) for card in CARDS]
             cells = [name, f"{work['forward'] / 1e9:,.1f}", f"{work['train'] / 1e9:,.1f}", "yes" if checkpointing else "no"]
             cells += [f"{fixed / 2**30:.2f}", f"{image / 2**30:.3f}", *(str(b or "-") for b in batches)]
             yield f"| {' | '.join(cells)} |"
