@@ -56,14 +56,26 @@ def process_group():
         code = end.code
     except KeyboardInterrupt:
         code = 130
-    except RuntimeError:
-        wait_for_the_end()  # where the end of another process broke a collective here, that one's message is the one to read
-        traceback.print_exc()
+    except RuntimeError as error:
+        # Where the end of another process broke a collective here, that one's message is the one to read.
+        broken = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if broken and (elsewhere := int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) < world_size()):
+            tell_of_another_machine()
+        wait_for_the_end()
+        if not broken or not elsewhere:
+            traceback.print_exc()
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # the group's threads may abort the interpreter's own end
+
+
+def tell_of_another_machine() -> None:
+    """Say, once on each machine, that the run ends: the torchrun of one machine prints what happens there alone."""
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        print("another process of this run has ended, and with it this one: if no reason is printed here, it is on its machine",
+              file=sys.stderr, flush=True)  # fmt: skip
 
 
 def wait_for_the_end() -> None:

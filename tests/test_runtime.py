@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -15,6 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import nn
+from torch.distributed.run import main as torchrun
 
 from runtime import devices, processes, progress, run_folder
 from runtime.arguments import at_least
@@ -252,30 +255,57 @@ with process_group(), exit_on_user_error("fail.py"), stop.deferred():
 """
 
 
+def in_a_fork(folder: Path, how: str, call):
+    """A started process, which need not import torch again, that calls a launcher of FAIL in a folder, with out and err."""
+    folder.mkdir(exist_ok=True)
+    (folder / "fail.py").write_text(FAIL)
+
+    def launch():
+        os.chdir(folder)
+        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+        sys.argv, sys.modules["__main__"].__spec__, sys.stderr = ["fail.py", how], None, open(2, "w")
+        call()
+
+    program = multiprocessing.get_context("fork").Process(target=launch)
+    program.start()
+    return program
+
+
 @pytest.mark.parametrize("how, code, says, not_said", [
     ("killed", 137, "the process of rank 1 was killed by SIGKILL, and the others were stopped\n", "Traceback"),
     ("mistake", 2, "fail.py: Sample 3 is broken\n", "Traceback"),
     ("terminated", 143, "the step is finished\nthe step is finished\n", "process of rank"),
 ])  # fmt: skip
 def test_the_end_of_one_process_is_the_end_of_all_and_said_once(how, code, says, not_said, tmp_path):
-    (tmp_path / "fail.py").write_text(FAIL)
-
-    def launch():
-        os.chdir(tmp_path)
-        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
-        sys.argv, sys.modules["__main__"].__spec__, sys.stderr = ["fail.py", how], None, open(2, "w")
-        processes.launch(2)
-
-    program = multiprocessing.get_context("fork").Process(target=launch)  # need not import torch again
-    program.start(), program.join()
+    program = in_a_fork(tmp_path, how, lambda: processes.launch(2))
+    program.join()
     out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
     assert program.exitcode == code and err.count(says) == 1 and not_said not in err, err
     assert out == "printed once\n" + "\nfarewell\n" * (how == "terminated")
     for number in (0, 1):
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / f"pid{number}").read_text()), 0)
+
+
+def test_the_end_of_a_process_on_another_machine_is_one_sentence(tmp_path):
+    """Two launchers, as on two machines, each with its own process: torchrun ends its own alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint {address} --rdzv-id t fail.py killed".split()
+    began = time.time()
+    machines = [in_a_fork(tmp_path / str(n), "killed", lambda: torchrun(flags)) for n in (0, 1)]
+    for machine in machines:
+        machine.join()
+    assert [machine.exitcode for machine in machines] == [1, 1] and time.time() - began < 60
+    (here,) = (tmp_path / str(n) for n in (0, 1) if (tmp_path / str(n) / "pid0").exists())
+    assert (here / "out").read_text() == "printed once\n"
+    said = (here / "err").read_text().splitlines()
+    sentence = "another process of this run has ended, and with it this one: if no reason is printed here, it is on its machine"
+    assert said.count(sentence) == 1
+    assert not any("Traceback" in line for line in said[: said.index(sentence)])  # what follows is torchrun's
 
 
 def test_the_average_is_the_moving_average():
