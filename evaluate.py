@@ -17,11 +17,10 @@ the masks' own outlines); all times 100. Some papers call mIoU gIoU and oIoU cIo
 """
 
 import argparse
-import contextlib
 import json
 from pathlib import Path
 
-from runtime.arguments import answer_early
+from runtime.arguments import DTYPES, answer_early
 
 PROTOCOLS = ("ours", "paper")
 
@@ -40,6 +39,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--predictions", type=Path, metavar="FILE", help="write the predicted masks here, as COCO results")
     add("--panels", type=int, default=0, metavar="N", help="write pictures of N best, median and worst cases")
     add("--ids", nargs="+", default=[], metavar="ID", help="write pictures of these samples instead (ids as in --json)")
+    add("--dtype", choices=DTYPES, default="auto",
+        help="what to compute in (default: bfloat16 where that is fast, else float32; protocol paper: float32)")
     add("--skip-missing", action="store_true", help="leave out samples whose files are missing")
     # fmt: on
     return parser
@@ -65,7 +66,7 @@ from runtime.devices import (
     autocast,
     card_failures,
     choose_threads,
-    compute_dtype,
+    chosen_dtype,
     default_workers,
     pick_device,
     to_device,
@@ -174,12 +175,14 @@ def scored_row(item: dict, prediction: np.ndarray, target: torch.Tensor, protoco
 
 
 @torch.inference_mode()
-def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", masks=False) -> list[dict]:
+def score(
+    model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", masks=False, dtype=None
+) -> list[dict]:
     """Run the model over a data set -> one row a sample: id, file, phrase, kind, category, intersection, union, iou,
     boundary_iou, and of the true mask its share of the image and the name of its size; with `masks` also the predicted one at
     the size the true one is stored at, "segmentation", as an RLE, and its "confidence", the mean probability inside it.
 
-    The model is put into evaluation mode and back.
+    The model is put into evaluation mode and back. dtype: as `autocast` takes it; protocol paper computes in float32.
     Several processes take whole batches in turn, the same ones whatever their number, and each returns all rows.
     """
     device, size = next(model.parameters()).device, len(dataset)
@@ -193,7 +196,7 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
     for indices, batch in zip(batches, Progress(loader, title, leave=False, disable=rank() > 0)):
         batch = to_device(batch, device)
         images = model.normalise(batch["image"], batch["encoder_image"])
-        with autocast(device) if protocol == "ours" else contextlib.nullcontext():
+        with autocast(device, dtype if protocol == "ours" else torch.float32):
             output = model(*images, batch["ids"], batch["lengths"])
         for i, logits in enumerate(output.logits.float().split(1)):
             item = {key: values[i] for key, values in batch.items()}
@@ -236,7 +239,7 @@ def table(scores: dict[str, dict[str, float]]) -> str:
 
 
 @torch.inference_mode()
-def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
+def write_panels(path: Path, model, dataset, indices: list[int], dtype: torch.dtype | None = None) -> None:
     """A PNG with one row a sample: image, outlines of truth (green) and prediction (yellow), and by the light they leave on the
     image truth, pseudo-mask (where the model has one) and prediction; IoU and phrase above."""
     device, was_training = next(model.parameters()).device, model.training
@@ -244,7 +247,7 @@ def write_panels(path: Path, model, dataset, indices: list[int]) -> None:
     rows = []
     for index in indices:
         batch = to_device(Collate(model.union_encoder.tokenizer)([item := dataset[index]]), device)
-        with autocast(device):
+        with autocast(device, dtype):
             output = model(*model.normalise(batch["image"], batch["encoder_image"]), batch["ids"], batch["lengths"])
         pseudo = [] if output.pseudo_mask is None else [output.pseudo_mask.float().sigmoid()[0, 0].cpu().numpy()]
         rows.append(panel(item, masks_at(output.logits.float(), item["mask"].shape), pseudo))
@@ -307,14 +310,16 @@ def main() -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Score a checkpoint as the command line says: on the screen, and in files where wanted."""
     protocol = args.protocol or "ours"
+    if (protocol, args.dtype) == ("paper", "bfloat16"):
+        raise UserError("--protocol paper is scored in float32, as published: leave --dtype out")
     with rank_0_first():
         model, checkpoint = load_checkpoint(args.ckpt, pick_device(None))
         data, dataset = open_for(model, checkpoint, args, skip_missing=args.skip_missing)
         chosen = numbers_of(dataset, args.ids)
-    if torch.cuda.is_available() and protocol == "ours":
-        model.requires_grad_(False).cast_frozen(compute_dtype())
+    dtype = torch.float32 if protocol == "paper" else chosen_dtype(args.dtype, model)
+    model.requires_grad_(False).cast_frozen(dtype)
     print(weights_line(args.ckpt, checkpoint), flush=True)
-    rows = score(model, dataset, protocol, workers=default_workers(), masks=args.predictions is not None)
+    rows = score(model, dataset, protocol, workers=default_workers(), masks=args.predictions is not None, dtype=dtype)
     if rank():
         return
     if args.predictions:
@@ -323,10 +328,11 @@ def evaluate(args: argparse.Namespace) -> None:
         rows = [{k: v for k, v in row.items() if k not in ("segmentation", "confidence")} for row in rows]
     facts = {k: checkpoint[k] for k in ("model_name", "revision", "epoch")} | {"weights": provenance(checkpoint)}
     facts |= {"parameters": count_parameters(model)["total"], "ckpt": str(args.ckpt), "data": data}
+    facts["dtype"] = str(dtype).removeprefix("torch.")
     present(args, facts, dataset.split, {protocol: rows})
     if indices := chosen or best_median_worst(rows, args.panels):
         path = free_path(Path(f"panels-{dataset.split}.png"))
-        write_panels(path, model, dataset, indices)
+        write_panels(path, model, dataset, indices, dtype)
         print(f"wrote {path}")
 
 
@@ -359,7 +365,9 @@ def numbers_of(dataset: ReferringDataset, ids: list[str]) -> list[int]:
     for number, (i, _) in enumerate(dataset.items):
         known.setdefault(dataset.samples[i].id, []).append(number)
     if unknown := [id for id in ids if id not in known]:
-        raise UserError(f"--ids {unknown[0]}: split {dataset.split} has no such sample, but {', '.join([*known][:5])} ...")
+        raise UserError(
+            f"--ids {unknown[0]}: split {dataset.split} has no such sample, but {', '.join([*known][:5])} ..."
+        )
     return [number for id in dict.fromkeys(ids) for number in known[id]]
 
 

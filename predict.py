@@ -30,7 +30,7 @@ import threading
 import warnings
 from pathlib import Path
 
-from runtime.arguments import answer_early, at_least, band_numbers, share
+from runtime.arguments import DTYPES, answer_early, at_least, band_numbers, share
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -52,6 +52,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--min-area", type=at_least(int, 0), default=0, metavar="PIXELS", help="leave out connected parts that are smaller")
     add("--probabilities", action="store_true", help="write the probability of each pixel too, a TIFF of float32")
     add("--device", help="cpu, cuda, cuda:1 ... (default: the CUDA card where there is one, else the CPU)")
+    add("--dtype", choices=DTYPES, default="auto", help="what to compute in (default: bfloat16 where that is fast, "
+        "else float32)")  # fmt: skip
     return parser
 
 
@@ -72,7 +74,7 @@ from imagery.results import Job, ResultFolder, readable
 from imagery.scenes import as_scene, open_scene
 from imagery.tiles import TILE, TILINGS, batches, coarseness_note, is_large, scene_rows
 from model import RS2SAM2, Output
-from runtime.devices import card_failures, choose_threads, compute_dtype, usable_device
+from runtime.devices import autocast, card_failures, choose_threads, chosen_dtype, usable_device
 from runtime.errors import UserError, exit_on_user_error
 from runtime.progress import Progress
 from weights.checkpoints import load_checkpoint, model_entries
@@ -119,10 +121,11 @@ class RS2SAM2Predictor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: the given dtype; without one bfloat16 or float16 on a CUDA card, else float32.
+        """What is computed in: the given dtype; without one bfloat16 or float16 on a CUDA card, bfloat16 on a CPU that has it
+        for all presets but `tiny`, else float32.
 
         Weights stay in float32; other dtypes are autocast's. Logits are float32 always."""
-        return self._dtype or (compute_dtype() if self.device.type == "cuda" else torch.float32)
+        return self._dtype or chosen_dtype("auto", self.model)
 
     def predict(
         self, image: OneImage | list[OneImage], phrase: str | list[str], tile: int | None = None, tiling: str = "scene",
@@ -181,7 +184,7 @@ class RS2SAM2Predictor:
             for size in (model.preset.image_size, model.union_encoder.image_size)
         )  # (B, 3, S, S), (B, 3, E, E)
         ids, lengths = model.union_encoder.tokenizer(phrases)  # (B, L), (B,)
-        with self._turn, torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self._turn, autocast(device, self.dtype):
             training = model.training
             model.eval()
             try:
@@ -265,6 +268,7 @@ class PredictionRun:
             missed = coarseness_note(scene, args.tile, args.tiling, self.predictor.model.preset.image_size)
             settings = {"tile": args.tile or TILE, "tiling": args.tiling} if is_large(scene, args.tile) else {}
             settings |= {"threshold": args.threshold, "min_area": args.min_area, "weights": self.weights}
+            settings["dtype"] = str(self.predictor.dtype).removeprefix("torch.")
             try:
                 strips = foreground(scene, strips, args.threshold, args.min_area)
                 line = self.folder.write(job, scene, strips, settings, self.about, notes, missed)
@@ -292,7 +296,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a phrase may hold what the terminal has no letters for
     with exit_on_user_error("predict.py"), card_failures("name another card by --device, or use --device cpu"):
         jobs = find_jobs(args.image, args.phrase)
-        predictor = RS2SAM2Predictor.from_pretrained(args.ckpt, args.device)
+        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+        predictor = RS2SAM2Predictor.from_pretrained(args.ckpt, args.device, dtype)
         predictor.model.requires_grad_(False).cast_frozen(predictor.dtype)  # once: autocast would in every forward pass
         print(weights_line(args.ckpt, predictor.facts), flush=True)
         failures = PredictionRun(predictor, args, jobs).run()

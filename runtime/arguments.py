@@ -6,6 +6,8 @@ import sys
 
 from runtime.errors import UserError
 
+DTYPES = ("auto", "float32", "bfloat16")  # of --dtype: what is computed in
+
 
 def answer_early(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> None:
     """Answer --help and mistyped flags; from here on Ctrl-C prints one line and exits with code 130.

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import time
 
@@ -9,6 +10,8 @@ import torch
 
 from runtime.errors import UserError
 from runtime.processes import let_rank_0_speak
+
+LARGE = 50_000_000  # weights: all presets but `tiny`, which bfloat16 makes no faster on a CPU
 
 
 def pick_device(gpus: int | None = None) -> torch.device:
@@ -43,11 +46,29 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def autocast(device: torch.device):
-    """Mixed precision on CUDA; nothing elsewhere: a laptop's CPU is slower in bfloat16 than in float32."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=compute_dtype())
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16; False where torch can't say."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # its mkldnn check accepts CPUs that emulate them
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def chosen_dtype(name: str, model: torch.nn.Module) -> torch.dtype:
+    """What a model on its device computes in by the name of --dtype. auto: on a CUDA card `compute_dtype`; on a CPU with
+    bfloat16 this, where the model is LARGE; else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    parameters = list(model.parameters())
+    if parameters[0].device.type == "cuda":
+        return compute_dtype()
+    large = parameters[0].device.type == "cpu" and sum(p.numel() for p in parameters) > LARGE
+    return torch.bfloat16 if large and cpu_has_bfloat16() else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None = None):
+    """Mixed precision in a dtype, none for float32. Without a dtype `compute_dtype` on CUDA, float32 elsewhere."""
+    dtype = dtype or (compute_dtype() if device.type == "cuda" else torch.float32)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -215,7 +215,7 @@ def test_evaluation_needs_the_checkpoint_alone(call, scenes, checkpoint):
     rows = result["rows"]
     assert len(rows) == result["scores"]["samples"] == 5 and result["epoch"] == 3 and result["revision"] == "abc"
     assert (result["model_name"], result["split"], result["protocol"]) == ("tiny", "test", "ours")
-    assert result["parameters"] > 4_000_000
+    assert result["parameters"] > 4_000_000 and result["dtype"] == "float32"
     assert result["weights"] == {"model": "tiny", "run": "runs/s-1", "data": str(scenes), "epoch": 3, "revision": "abc",
                                  "score": {"mIoU": 71.5, "oIoU": 70.25}, "init": ORIGIN}  # fmt: skip
     assert result["scores"]["mIoU"] == pytest.approx(100 * np.mean([r["iou"] for r in rows]))
@@ -224,7 +224,10 @@ def test_evaluation_needs_the_checkpoint_alone(call, scenes, checkpoint):
     panels = cv2.imread("panels-test.png")
     assert panels.shape[1] == 5 * 256 and panels.shape[0] > 3 * 256  # image, outlines, truth, pseudo-mask, prediction
     call("--ckpt", checkpoint, "--panels", 1, "--split", "val", "--protocol", "paper")
-    call("--ckpt", checkpoint, "--panels", 1)
+    call("--ckpt", checkpoint, "--panels", 1, "--dtype", "bfloat16", "--json", "b.json")
+    low = json.loads(Path("b.json").read_text())
+    assert low["dtype"] == "bfloat16" and low["scores"]["mIoU"] == pytest.approx(result["scores"]["mIoU"], abs=2)
+    assert "float32" in call("--protocol", "paper", "--dtype", "bfloat16", code=2)
     assert "torchrun --nproc-per-node 8 evaluate.py" in call("--help")
     assert {p.name for p in Path().glob("[!b]*")} == {"s.json", "panels-test.png", "panels-test-2.png", "panels-val.png"}
 
