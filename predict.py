@@ -6,6 +6,7 @@
     python predict.py --ckpt best.pt --image plane.jpg --phrase "the airplane on the right"
     python predict.py --ckpt best.pt --image harbour.tif --phrase "the ships" --tiling independent --tile 512
     python predict.py --ckpt best.pt --image list.csv                     columns image,phrase
+    torchrun --nproc-per-node 8 predict.py --ckpt best.pt --image list.csv    on 8 cards, a share of the images on each
 
 Into the folder --out go, for phrase n of an image, all or none of:
 
@@ -74,8 +75,9 @@ from imagery.results import Job, ResultFolder, readable
 from imagery.scenes import as_scene, open_scene
 from imagery.tiles import TILE, TILINGS, batches, coarseness_note, is_large, scene_rows
 from model import RS2SAM2, Output
-from runtime.devices import autocast, card_failures, choose_threads, chosen_dtype, usable_device
+from runtime.devices import autocast, card_failures, choose_threads, chosen_dtype, pick_device, usable_device
 from runtime.errors import UserError, exit_on_user_error
+from runtime.processes import gather, process_group, rank, rank_0_first, world_size
 from runtime.progress import Progress
 from weights.checkpoints import load_checkpoint, model_entries
 from weights.provenance import in_words, origin_note, provenance, unknown_words_note, weights_line
@@ -213,11 +215,17 @@ def as_pairs(image, phrase) -> tuple[list, list[str]]:
 # The command line ------------------------------------------------------------------------------------------------------
 
 
+def own_share(jobs: list[Job]) -> list[Job]:
+    """The jobs of this process: the images go to the processes in turn, each with all its phrases."""
+    numbers = {image: n for n, image in enumerate(dict.fromkeys(job.image for job in jobs))}
+    return [job for job in jobs if numbers[job.image] % world_size() == rank()]
+
+
 class PredictionRun:
-    """Does jobs one after the other, small images in batches."""
+    """Does this process's share of jobs one after the other, small images in batches."""
 
     def __init__(self, predictor: RS2SAM2Predictor, args: argparse.Namespace, jobs: list[Job]):
-        self.predictor, self.args, self.jobs = predictor, args, jobs
+        self.predictor, self.args, self.jobs = predictor, args, own_share(jobs)
         kinds = ("probabilities",) if args.probabilities else ()
         self.folder = ResultFolder(args.out, [job.image for job in jobs], args.overwrite, kinds)
         self.weights = provenance(predictor.facts)
@@ -228,7 +236,7 @@ class PredictionRun:
     def run(self) -> list[tuple[Job, str]]:
         """Predict and write all -> what has failed: (job, reason)."""
         pending, opened, scene = [], None, None
-        with Progress(total=len(self.jobs), desc="phrases") as self.bar:
+        with Progress(total=len(self.jobs), desc="phrases", disable=rank() > 0) as self.bar:
             for job in self.jobs:
                 try:
                     if job.fault:
@@ -294,18 +302,22 @@ def main() -> None:
     args = command_line().parse_args()
     choose_threads()
     sys.stdout.reconfigure(errors="replace")  # a phrase may hold what the terminal has no letters for
-    with exit_on_user_error("predict.py"), card_failures("name another card by --device, or use --device cpu"):
-        jobs = find_jobs(args.image, args.phrase)
-        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        predictor = RS2SAM2Predictor.from_pretrained(args.ckpt, args.device, dtype)
+    way_out = "name another card by --device, or use --device cpu"
+    with process_group(), exit_on_user_error("predict.py"), card_failures(way_out):
+        with rank_0_first():
+            jobs = find_jobs(args.image, args.phrase)
+            dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+            predictor = RS2SAM2Predictor.from_pretrained(args.ckpt, args.device or pick_device(), dtype)
         predictor.model.requires_grad_(False).cast_frozen(predictor.dtype)  # once: autocast would in every forward pass
         print(weights_line(args.ckpt, predictor.facts), flush=True)
-        failures = PredictionRun(predictor, args, jobs).run()
-    if failures:
-        print(f"predict.py: {len(failures)} of {len(jobs)} failed:", file=sys.stderr)
-        for job, reason in failures:
-            print(f'  {job.image}, "{job.phrase[:60]}": {reason}', file=sys.stderr)
-        sys.exit(1)
+        failures = [failure for part in gather(PredictionRun(predictor, args, jobs).run()) for failure in part]
+        if failures:
+            if not rank():
+                print(f"predict.py: {len(failures)} of {len(jobs)} failed:", file=sys.stderr)
+                for job, reason in failures:
+                    print(f'  {job.image}, "{job.phrase[:60]}": {reason}', file=sys.stderr)
+            gather(None)  # torchrun ends the others with the first that fails
+            sys.exit(1)
 
 
 if __name__ == "__main__":

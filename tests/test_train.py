@@ -419,6 +419,24 @@ def test_two_processes_count_nothing_twice_in_scoring(doubles):
     assert len(seen[0]["rows"]) == 12 and (cwd / "printed").read_text().count("split val") == 2
 
 
+def test_two_processes_share_the_images_to_predict(scenes, undisturbed, tmp_path):
+    """Each image once, with both phrases, to the same masks; what fails on one process is told by one, after all the rest."""
+    first, *others = sorted((scenes / "images" / "rrsisd" / "JPEGImages").iterdir())
+    (broken := tmp_path / "broken.jpg").write_bytes(b"no image")  # the second, so of rank 1
+    args = ("--ckpt", undisturbed / "best.pt", "--image", first, broken, *others, "--phrase", "the ship", "--phrase",
+            "the plane on the left", "--probabilities", "--batch", 1, "--device", "cpu", "--out", "out")  # fmt: skip
+    found = []
+    for ranks, seen in ((1, 18), (2, 10)):
+        printed = run(tmp_path / str(ranks), *args, first="import predict", module="predict", ranks=ranks, code=1)
+        told = printed.split("predict.py: 2 of 20 failed:\n")
+        assert len(told) == 2 and told[1].count(f"  {broken}, ") == 2 and printed.count(" -> out/") == seen
+        folder = tmp_path / str(ranks) / "out"
+        lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        found.append({(line["image"], line["phrase"]): (folder / line["probabilities"]).read_bytes() for line in lines})
+        assert len(lines) == len(found[-1]) == 18
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("where, rank, samples", [("backward", 1, 12), ("check_finite", 0, 8)])
 def test_two_processes_stop_after_the_same_step(scenes, doubles, tmp_path, where, rank, samples):
     """A signal to one of them: in a step; after the sums of an epoch's last step are read, too late for that one. Two go on,
