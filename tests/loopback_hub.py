@@ -11,7 +11,8 @@ from urllib.parse import unquote
 
 
 class Hub(ThreadingHTTPServer):
-    """repositories: {"OWNER/NAME" or "datasets/OWNER/NAME": {file name: bytes}}, all of revision main, commit COMMIT.
+    """repositories: {"OWNER/NAME" or "datasets/OWNER/NAME": {file name: bytes}}, all of revision main, commit COMMIT;
+    "OWNER/NAME@TAG" holds the files of a tag, whose commit is commit_of(TAG). objects: {SHA-256: bytes} of large uploads.
 
     cuts: {file name: [bytes after which a connection breaks, one for each request; below zero: after which it falls silent]};
     asked: (method, path, Range) of all requests; silent: seconds before any answer; redirects: whether files lie on another
@@ -24,22 +25,27 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories, self.cuts, self.asked, self.silent, self.redirects = {}, {}, [], 0, False
+        self.objects = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @staticmethod
+    def commit_of(revision: str) -> str:
+        return Hub.COMMIT if revision in ("main", Hub.COMMIT) else hashlib.sha1(revision.encode()).hexdigest()
 
     def handle_error(self, request, client_address):
         """A client that went away is no news."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, commit = "HTTP/1.1", Hub.COMMIT
 
     def log_message(self, *_):
         pass
 
     def answer(self, status: int, body: bytes = b"", **headers) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": len(body), "X-Repo-Commit": Hub.COMMIT, **headers}.items():
+        for name, value in {"Content-Length": len(body), "X-Repo-Commit": self.commit, **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
@@ -51,14 +57,15 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(hub.silent)
         if match := re.fullmatch(r"/api/(?:models/|(?=datasets/))([^/]+/[^/]+(?:/[^/]+)??)(?:/revision/(.+))?", path):
             name, revision = match.groups()
-            files = [{"rfilename": file, "size": len(content)} for file, content in hub.repositories.get(name, {}).items()]
-            facts = {"id": name.removeprefix("datasets/"), "sha": Hub.COMMIT, "siblings": files, "tags": [], "private": False}
-            return self.there(name, revision) and self.answer(200, json.dumps(facts).encode())
+            if (content := self.files(name, revision or "main")) is None:
+                return
+            files = [{"rfilename": file, "size": len(data)} for file, data in content.items()]
+            facts = {"id": name.removeprefix("datasets/"), "sha": self.commit, "siblings": files, "tags": [], "private": False}
+            return self.answer(200, json.dumps(facts).encode())
         elsewhere, name, revision, file = re.fullmatch(r"(/cdn)?/(.+?)/resolve/([^/]+)/(.+)", path).groups()
-        if not self.there(name, revision):
+        if (files := self.files(name, revision)) is None:
             return
-        content = hub.repositories[name].get(file)
-        if content is None:
+        if (content := files.get(file)) is None:
             return self.answer(404, X_Error_Code="EntryNotFound")
         digest = hashlib.sha256(content).hexdigest()
         if hub.redirects and not elsewhere:
@@ -68,19 +75,22 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def there(self, name: str, revision: str | None) -> bool:
-        if name not in self.server.repositories:
-            self.answer(404, X_Error_Code="RepoNotFound")
-        elif revision not in (None, "main", Hub.COMMIT):
-            self.answer(404, X_Error_Code="RevisionNotFound")
-        else:
-            return True
-        return False
+    def files(self, name: str, revision: str) -> dict[str, bytes] | None:
+        """The repository's files at a branch, tag or commit; None, and the refusal is answered, where there are none."""
+        repositories = self.server.repositories
+        for tagged, files in repositories.items():
+            if tagged.startswith(f"{name}@") and revision in (tag := tagged.partition("@")[2], Hub.commit_of(tag)):
+                self.commit = Hub.commit_of(tag)
+                return files
+        self.commit = Hub.COMMIT
+        if name in repositories and revision in ("main", Hub.COMMIT):
+            return repositories[name]
+        self.answer(404, X_Error_Code="RevisionNotFound" if name in repositories else "RepoNotFound")
 
     def send_file(self, content: bytes, cuts: list[int] | None, etag: str) -> None:
         start = int(match[1]) if (match := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
         self.send_response(206 if match else 200)
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": Hub.COMMIT, "Content-Length": len(content) - start}
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit, "Content-Length": len(content) - start}
         if match:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         for name, value in headers.items():
@@ -97,18 +107,34 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[start:])
 
     def do_POST(self):
-        """What upload_folder asks for, the files within the commit."""
+        """What `hf upload` asks for; *.safetensors are sent by git's protocol of large files, others within the commit."""
         path, body = unquote(self.path), self.rfile.read(int(self.headers["Content-Length"]))
         self.server.asked.append(("POST", path, None))
         if path == "/api/validate-yaml":
             return self.answer(200, b'{"errors": [], "warnings": []}')
+        if path == "/api/repos/create":
+            name = "/".join(json.loads(body)[part] for part in ("organization", "name"))
+            self.server.repositories.setdefault(name, {})
+            return self.answer(200, json.dumps({"url": f"{self.server.url}/{name}", "name": name}).encode())
+        if path.endswith(".git/info/lfs/objects/batch"):
+            upload = {"actions": {"upload": {"href": f"{self.server.url}/lfs"}}}
+            objects = [wanted | upload for wanted in json.loads(body)["objects"]]
+            return self.answer(200, json.dumps({"transfer": "basic", "objects": objects}).encode())
         name, step = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path).groups()
         if step == "preupload":
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+            modes = {file["path"]: "lfs" if file["path"].endswith(".safetensors") else "regular"
+                     for file in json.loads(body)["files"]}  # fmt: skip
+            files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
             return self.answer(200, json.dumps({"files": files}).encode())
-        lines = [json.loads(line) for line in body.splitlines()]
-        files = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
-        self.server.repositories.setdefault(name, {}).update(files)
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                self.server.repositories[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                self.server.repositories[name][line["value"]["path"]] = self.server.objects[line["value"]["oid"]]
         url = f"{self.server.url}/{name}/commit/{Hub.COMMIT}"
         self.answer(200, json.dumps({"commitUrl": url, "commitOid": Hub.COMMIT, "success": True}).encode())
+
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.objects[hashlib.sha256(content).hexdigest()] = content
+        self.answer(200)

@@ -20,13 +20,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, constants, file_download
+from huggingface_hub import ModelCard, constants, file_download
 from loopback_hub import Hub
 from PIL import Image
 from test_weights import AROUND, SMALL, assert_refused, facts, published, sam2_file, save_pretrained, small_clip, spm  # noqa: F401
 
 import annotations.download
 import evaluate
+import predict
 import train
 from annotations.download import SOURCES, download
 from annotations.layouts import read_samples
@@ -323,8 +324,8 @@ def test_a_name_that_gives_no_checkpoint_is_one_sentence(hub, monkeypatch):
     assert_refused("me/other", "not in the cache, and HF_HUB_OFFLINE forbids to look for it")
 
 
-def test_a_predictor_is_saved_handed_on_and_loaded_by_name(hub, published, spm, tmp_path):
-    """With recipe, data and scores, and with BEiT-3's tokeniser; through huggingface_hub's own upload."""
+def test_a_predictor_is_saved_handed_on_and_loaded_by_name(hub, published, spm, tmp_path, monkeypatch, capsys):
+    """With recipe, data and scores, and with BEiT-3's tokeniser; by `hf upload`, and predict.py's line with a tag."""
     torch.manual_seed(0)
     metrics, init = {"mIoU": 61.234, "oIoU": 70.5, "samples": 3}, {"model": "tiny", "data": "scenes", "file": "old.pt"}
     whole = facts(SMALL, RS2SAM2(SMALL).state_dict()) | {"data": "data/RRSIS-D", "metrics": metrics, "epoch": 4, "init": init}
@@ -336,14 +337,26 @@ def test_a_predictor_is_saved_handed_on_and_loaded_by_name(hub, published, spm, 
     assert "trained on RRSIS-D" in card.text and "mIoU 61.23, oIoU 70.50" in card.text and "CC BY-NC 4.0" in card.text
     assert "run runs/x, trained on data/RRSIS-D, epoch 4" in card.text and "fine-tuned from old.pt (tiny, " in card.text
     json.loads(Path("mine/config.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    hub.repositories["me/mine"] = {}
-    HfApi(token="hf_x").upload_folder(repo_id="me/mine", folder_path="mine")
+    program, settings = Path(sys.executable).with_name("hf"), {"HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
+    sent = subprocess.run([program, "upload", "me/mine", "mine"], env=os.environ | settings, capture_output=True, text=True)
+    assert sent.returncode == 0, sent.stderr
+    assert hub.repositories["me/mine"] == {path.name: path.read_bytes() for path in Path("mine").iterdir()} and hub.objects
+    hub.repositories["me/mine@v1"] = dict(hub.repositories["me/mine"])
     for name in ("mine", "me/mine", "me/mine:model.safetensors"):
         again, checkpoint = load_checkpoint(name)
         torch.testing.assert_close(again.state_dict(), predictor.model.state_dict(), rtol=0, atol=0)
         assert stored_recipe(checkpoint) == RECIPES["tiny"] and again.preset == SMALL
         assert (checkpoint["data"], checkpoint["metrics"], checkpoint["init"]) == ("data/RRSIS-D", metrics, init)
         assert checkpoint["run"] == "runs/x" and "args" not in checkpoint
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save("plane.jpg")
+    hub.repositories["me/mine"] = {"README.md": b"the branch went on"}
+    line = ["predict.py", *"--ckpt me/mine@v1 --image plane.jpg --phrase".split(), "the airplane on the right"]
+    monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.setattr(predict.signal, "signal", lambda *_: None)
+    predict.main()
+    assert f"revision {Hub.commit_of('v1')}" in capsys.readouterr().out
+    (mask,) = (path for path in Path(".").rglob("plane-*.png") if "overlay" not in path.name)
+    assert np.array_equal(np.array(Image.open(mask)) > 0, predictor.predict("plane.jpg", line[-1])[0])
     assert_refused(lambda: predictor.save_pretrained("mine"), "mine is not empty: name a new folder")
 
     torch.save(published[1], tmp_path / "pytorch_model.bin")
