@@ -9,7 +9,6 @@ Pictures are uint8 RGB arrays (H, W, 3). A row of a panel, with a line of text a
 import functools
 import html
 import os
-import textwrap
 import unicodedata
 from pathlib import Path
 
@@ -43,65 +42,43 @@ def outlined(image: np.ndarray, mask: np.ndarray, colour=(255, 220, 0), width: i
 
 
 def captioned(image: np.ndarray, text: str, below: bool = False, lines: int = 1, size: int = 14) -> np.ndarray:
-    """The picture with a white strip above it (or below) that holds the text, in any script.
+    """The picture with a white strip above it (or below) that holds the text, in any script, by Pango and the Noto fonts.
 
     The text has letters of `size` pixels and at most `lines` lines, as many as it needs; "..." stands for the rest of it.
-    OpenCV's own font draws what it has and nothing needs to shape; Pango (pyvips) and the Noto fonts draw all other text.
     """
     text = unicodedata.normalize("NFC", " ".join(text.split()))
-    letters = "".join(c for c in text if c.isprintable() or c in JOINERS)
-    draw = plain_text if all(map(is_plain, letters)) else shaped_text
-    strip = cv2.cvtColor(draw(letters, image.shape[1], lines, size), cv2.COLOR_GRAY2RGB)
+    letters = shown = "".join(c for c in text if c.isprintable() or c in JOINERS)
+    width, height = image.shape[1], int(1.5 * size * lines)
+    while len(ink := shaped(shown, max(1, width - 12), size)) > height and len(letters) > 1:
+        letters = letters[: int(len(letters) * min(0.95, 1.2 * height / len(ink)))]
+        shown = letters + "..."
+    strip = np.full((min(len(ink), height) + 10, width, 3), 255, np.uint8)
+    part = strip[5:-5, 6:]
+    ink = ink[: part.shape[0], : part.shape[1]]
+    part[:, : ink.shape[1]] -= ink[..., None]
     return np.concatenate([image, strip] if below else [strip, image])
 
 
-@functools.cache
-def is_plain(letter: str) -> bool:
-    """Whether OpenCV's own font has the letter, for which it draws "?" otherwise, and the letter stands for itself: it runs
-    from left to right and changes no other."""
-    if unicodedata.bidirectional(letter) in ("R", "AL") or unicodedata.category(letter)[0] == "M" or letter in JOINERS:
-        return False
-    return letter in "? " or not np.array_equal(*(plain_text(text, 40, 1, 14) for text in (letter, "?")))
-
-
-def plain_text(letters: str, width: int, lines: int, size: int) -> np.ndarray:
-    """Black text on white in OpenCV's own font: Latin, Greek, Cyrillic, Chinese, Japanese, Korean. uint8 (H, width)."""
-    font = cv2.FontFace("sans")
-    length = cv2.getTextSize((0, 0), letters, (0, 0), font, size)[2]
-    fit = 0.95 * (width - 12) * len(letters) / max(1, length)  # letters to a line, on average
-    rows = textwrap.wrap(letters, max(3, int(fit)), max_lines=lines, placeholder="...") or [""]
-    strip = np.full(((size + 6) * len(rows) + 6, width), 255, np.uint8)
-    for n, row in enumerate(rows, start=1):
-        cv2.putText(strip, row, (6, (size + 6) * n - 3), (0,), font, size)
-    return strip
-
-
-def shaped_text(letters: str, width: int, lines: int, size: int) -> np.ndarray:
-    """Black text on white by Pango, which joins, orders and wraps letters as their script asks. uint8 (H, width)."""
-    pyvips, height, shown = load_pango(), int(1.5 * size * lines), letters
-    while True:
-        options = {"font": f"Noto Sans {size}px", "width": max(1, width - 12), "wrap": "word-char", "dpi": 72}
-        ink = pyvips.Image.text(html.escape(shown), **options).numpy()  # (h, w), 255 for black
-        if len(ink) <= height or len(letters) < 2:
-            break
-        letters = letters[: int(0.95 * len(letters))]
-        shown = letters + "..."
-    strip = np.zeros((min(len(ink), height) + 10, width), np.uint8)
-    part = strip[5:-5, 6:]
-    ink = ink[: part.shape[0], : part.shape[1]]
-    part[:, : ink.shape[1]] = ink
-    return 255 - strip
+def shaped(text: str, width: int, size: int) -> np.ndarray:
+    """The text wrapped to `width` pixels, its letters joined and ordered as their script asks. uint8 (h, w), 255 = black."""
+    if not text.strip(f" {JOINERS}"):
+        return np.zeros((size, 1), np.uint8)
+    options = {"font": f"Noto Sans, Noto Sans CJK SC {size}px", "width": width, "wrap": "word-char", "dpi": 72}
+    return load_pango().Image.text(html.escape(text), **options).numpy()
 
 
 @functools.cache
 def load_pango():
-    """pyvips, which knows the fonts of manimgx-fonts; imported where a text needs it. Other letters are the system's fonts'."""
+    """pyvips, which knows the fonts of manimgx-fonts and its CJK part; imported where a text is drawn. Letters that they lack
+    are taken from the system's fonts."""
     import manimgx_fonts
+    import manimgx_fonts_cjk
     import pyvips
 
     os.environ.setdefault("FONTCONFIG_FILE", str(Path(__file__).with_name("fonts.conf")))  # complains where there is none
-    for path in sorted(Path(manimgx_fonts.__file__).parent.glob("*.ttf")):
-        pyvips.Image.text("x", fontfile=str(path))
+    for package in (manimgx_fonts, manimgx_fonts_cjk):
+        for path in sorted(Path(package.__file__).parent.glob("*.tt[fc]")):
+            pyvips.Image.text("x", fontfile=str(path))
     return pyvips
 
 
