@@ -277,6 +277,10 @@ def test_the_published_weights_are_scored_in_one_line(hub, published, spm, tmp_p
         assert load_checkpoint("ReeF2025/RS2-SAM2:rrsisd")[1]["hub"] == f"ReeF2025/RS2-SAM2@{Hub.COMMIT}"
         assert not [path for _, path, _ in hub.asked if "refseg/" in path]
     assert json.loads(Path("bin.json").read_text())["scores"] == result["scores"]
+    train.main([*"--data RRSIS-D --gpus 0 --workers 0 --epochs 1 --batch-size 1 --out tuned --init".split(), str(folder)])
+    tuned, checkpoint = load_checkpoint("tuned/best.pt")
+    assert checkpoint["init"]["file"] == str(folder) and tuned.preset == expected.preset
+    assert not torch.equal(tuned.text_features.weight, expected.text_features.weight)
 
 
 def test_a_checkpoint_s_name_is_a_path_first_and_found_again_without_network(hub, tmp_path, monkeypatch, capsys):
