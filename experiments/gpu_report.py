@@ -80,7 +80,7 @@ def steps(models: list[str], quick: bool, out: Path) -> Iterator[Step]:
                    timing(quick, model, "--tasks", "train", "forward", "--compile", "blocks", "--baseline"))  # fmt: skip
     yield Step(f"{first}, the costliest kernels", 150, [*here, "--only", "kernels", "--models", first])
     yield from default_run(quick, out)
-    yield Step("default run, figures", 30, [*here, "--only", "figures"])
+    yield Step("default run, figures", 60, [*here, "--only", "figures"])
     yield Step("masks in half precision and in float32", 120, [*here, "--only", "precision"])
     yield Step(f"{first}, the loader beside training", 200,
                timing(quick, first, "--tasks", "train", "loader", "--compile", "blocks"))  # fmt: skip
