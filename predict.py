@@ -29,6 +29,8 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from runtime.arguments import DTYPES, answer_early, at_least, band_numbers, share
@@ -70,10 +72,10 @@ from annotations.samples import clean_phrase
 from imagery.foreground import foreground, mask_score_logits
 from imagery.foreground import probabilities as probability
 from imagery.pixels import resize_image
-from imagery.plain import Scene
+from imagery.plain import Scene, quiet
 from imagery.results import Job, ResultFolder, readable
 from imagery.scenes import as_scene, open_scene
-from imagery.tiles import TILE, TILINGS, batches, coarseness_note, is_large, scene_rows
+from imagery.tiles import TILE, TILINGS, Rows, ahead, batches, coarseness_note, is_large, scene_rows
 from model import RS2SAM2, Output
 from runtime.devices import autocast, card_failures, choose_threads, chosen_dtype, pick_device, usable_device
 from runtime.errors import UserError, exit_on_user_error
@@ -232,68 +234,95 @@ class PredictionRun:
         self.about = {"model": self.weights["model"], "weights": in_words(self.weights)}
         self.failures: list[tuple[Job, str]] = []
         self.told: set[str] = set()  # notes are printed once; results.jsonl has them with every result
+        self.images, self.megapixels, self.image = 0, 0.0, None  # what is done
 
     def run(self) -> list[tuple[Job, str]]:
-        """Predict and write all -> what has failed: (job, reason)."""
-        pending, opened, scene = [], None, None
-        with Progress(total=len(self.jobs), desc="phrases", disable=rank() > 0) as self.bar:
-            for job in self.jobs:
-                try:
-                    if job.fault:
-                        raise UserError(job.fault)
-                    job = job._replace(phrase=clean_phrase(job.phrase, f"phrase {job.n}"))
-                    if job.image != opened:
-                        opened, scene = job.image, None
-                        scene = open_scene(job.image, self.args.bands)
-                    elif scene is None:
-                        raise UserError("The image could not be opened, see above.")
-                    self.folder.refuse_existing(job, scene)
-                except Exception as error:  # what nobody foresaw costs its own job alone, too
-                    self.fail(job, error)
-                    continue
-                pending.append((job, scene))
-                if len(pending) == self.args.batch or is_large(scene, self.args.tile):
-                    self.predict(pending)
-                    pending.clear()
-            self.predict(pending)
+        """Predict and write all -> what has failed: (job, reason). While a group is predicted, a thread reads the next and one
+        writes the last; a large scene is written here, strip by strip."""
+        with quiet(), Progress(total=len(self.jobs), desc="phrases") as self.bar, ThreadPoolExecutor(1) as writer:
+            written = writer.submit(list)
+            for group in ahead(self.groups()):
+                done = self.predicted(group)
+                written.result()
+                large = any(scene and is_large(scene, self.args.tile) for _, scene, _ in done)
+                written = writer.submit(self.write_all, [] if large else done)
+                self.write_all(done if large else [])
+            written.result()
         return self.failures
 
-    def predict(self, pending: list[tuple[Job, Scene]]) -> None:
-        """Predict and write: small scenes in one forward pass, a large one in tiles."""
-        args, (jobs, scenes) = self.args, zip(*pending) if pending else ((), ())
-        phrases, options = [job.phrase for job in jobs], (args.tile, args.tiling, args.batch)
+    def groups(self) -> Iterator[list[tuple[Job, Scene | None, Exception | None]]]:
+        """The jobs with their opened scenes, as many as are predicted at once; or with why they can't be done."""
+        group, opened, scene = [], None, None
+        for job in self.jobs:
+            try:
+                if job.fault:
+                    raise UserError(job.fault)
+                job = job._replace(phrase=clean_phrase(job.phrase, f"phrase {job.n}"))
+                if job.image != opened:
+                    opened, scene = job.image, None
+                    scene = open_scene(job.image, self.args.bands)
+                elif scene is None:
+                    raise UserError("The image could not be opened, see above.")
+                self.folder.refuse_existing(job, scene)
+            except Exception as error:  # what nobody foresaw costs its own job alone, too
+                group.append((job, None, error))
+                continue
+            group.append((job, scene, None))
+            if len(group) >= self.args.batch or is_large(scene, self.args.tile):
+                yield group
+                group = []
+        yield group
+
+    def predicted(self, group: list) -> list[tuple[Job, Scene | None, Rows | Exception]]:
+        """Each job with its scene and the rows of its logits, those of a large scene being made when they are asked for, or
+        with why it failed."""
+        rows = iter(self.rows([(job, scene) for job, scene, error in group if error is None]))
+        return [(job, scene, error or next(rows)) for job, scene, error in group]
+
+    def rows(self, pending: list[tuple[Job, Scene]]) -> list[Rows | Exception]:
+        """Small scenes in one forward pass, a large one in tiles."""
+        args, scenes, phrases = self.args, [scene for _, scene in pending], [job.phrase for job, _ in pending]
         try:
             with card_failures("use a smaller --batch, or --device cpu"):
-                rows = list(scene_rows(self.predictor.look, scenes, phrases, *options))
+                return list(scene_rows(self.predictor.look, scenes, phrases, args.tile, args.tiling, args.batch))
         except Exception as error:
             if len(pending) == 1:
-                return self.fail(jobs[0], error)
-            for one in pending:  # an image that can't be read costs its own jobs alone
-                self.predict([one])
-            return
-        for job, scene, strips in zip(jobs, scenes, rows):
-            notes = self.predictor.notes(job.phrase)
-            missed = coarseness_note(scene, args.tile, args.tiling, self.predictor.model.preset.image_size)
-            settings = {"tile": args.tile or TILE, "tiling": args.tiling} if is_large(scene, args.tile) else {}
-            settings |= {"threshold": args.threshold, "min_area": args.min_area, "weights": self.weights}
-            settings["dtype"] = str(self.predictor.dtype).removeprefix("torch.")
-            try:
-                strips = foreground(scene, strips, args.threshold, args.min_area)
-                line = self.folder.write(job, scene, strips, settings, self.about, notes, missed)
-            except Exception as error:
-                self.fail(job, error)
-                continue
+                return [error]
+            return [row for one in pending for row in self.rows([one])]  # an image that can't be read costs its own jobs alone
+
+    def write_all(self, done: list[tuple[Job, Scene | None, Rows | Exception]]) -> None:
+        for job, scene, rows in done:
+            if isinstance(rows, Exception):
+                self.fail(job, rows)
+            else:
+                self.write(job, scene, rows)
+            if scene and job.image != self.image:
+                self.image, self.images = job.image, self.images + 1
+                self.megapixels += scene.height * scene.width / 1e6
+            self.bar.set_postfix_str(f"{self.images:,} images, {self.megapixels:,.0f} megapixels", refresh=False)
             self.bar.update()
-            fresh = [note for note in line.get("notes", []) if note not in self.told]
-            self.told.update(fresh)
-            Progress.write(readable(line | {"notes": fresh}, args.out / line["mask"]))
+
+    def write(self, job: Job, scene: Scene, rows: Rows) -> None:
+        args, notes = self.args, self.predictor.notes(job.phrase)
+        missed = coarseness_note(scene, args.tile, args.tiling, self.predictor.model.preset.image_size)
+        settings = {"tile": args.tile or TILE, "tiling": args.tiling} if is_large(scene, args.tile) else {}
+        settings |= {"threshold": args.threshold, "min_area": args.min_area, "weights": self.weights}
+        settings["dtype"] = str(self.predictor.dtype).removeprefix("torch.")
+        try:
+            with card_failures("use a smaller --batch, or --device cpu"):
+                strips = foreground(scene, rows, args.threshold, args.min_area)
+                line = self.folder.write(job, scene, strips, settings, self.about, notes, missed)
+        except Exception as error:
+            return self.fail(job, error)
+        fresh = [note for note in line.get("notes", []) if note not in self.told]
+        self.told.update(fresh)
+        Progress.write(readable(line | {"notes": fresh}, args.out / line["mask"]))
 
     def fail(self, job: Job, error: Exception) -> None:
         reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
         if not isinstance(error, (UserError, OSError)):
             reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
         self.failures.append((job, reason))
-        self.bar.update()
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from imagery.bands import finite, pick_bands, stretch, stretch_limits
 from runtime.errors import UserError
+from runtime.progress import Progress
 
 OVERVIEW = 2048
 NODATA = 127  # of a mask file, where the scene has no data: 0 and 255 are taken
@@ -95,7 +96,7 @@ def loaded(picture: Image.Image, name: str | Path) -> list[str]:
 @contextlib.contextmanager
 def captured_stderr():
     """What libraries print on the process's stderr, as a file: Pillow's libtiff can't be silenced otherwise."""
-    with tempfile.TemporaryFile() as printed:
+    with Progress.get_lock(), tempfile.TemporaryFile() as printed:  # a bar of another thread waits
         terminal = os.dup(2)
         os.dup2(printed.fileno(), 2)
         try:

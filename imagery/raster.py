@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class RasterFile(Scene):
     suffix = ".tif"  # of its mask
 
     def __init__(self, file, path: Path, bands: tuple[int, ...] | None = None):
-        self.file, self.path = file, path
+        self.file, self.path, self.turn = file, path, threading.RLock()  # GDAL reads a file in one thread at a time
         self.height, self.width, self.crs, self.transform = file.height, file.width, file.crs, file.transform
         scale = min(1, OVERVIEW / max(self.height, self.width))
         self.reduced = max(1, round(self.height * scale)), max(1, round(self.width * scale))
@@ -59,7 +60,7 @@ class RasterFile(Scene):
 
     def read_bands(self, window, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         """The chosen bands (h, w, 3) at their own depth, and where they are valid (h, w) or None; reduced to `shape`."""
-        with gdal(self.sentence) as rasterio:
+        with self.turn, gdal(self.sentence) as rasterio:
             kinds = rasterio.enums.Resampling
             resampling = kinds.average if self.about.averages else kinds.nearest
             pixels = self.file.read(self.about.bands, window=window, out_shape=(3, *shape), resampling=resampling)
@@ -68,7 +69,7 @@ class RasterFile(Scene):
     def read_valid(self, window, shape: tuple[int, int], pixels: np.ndarray | None = None) -> np.ndarray | None:
         """bool (h, w): where there is data; None: everywhere. pixels: the bands there, which matter where they are floats."""
         parts = []
-        with gdal(self.sentence):
+        with self.turn, gdal(self.sentence):
             if self.about.masked:
                 parts.append(self.file.read_masks(self.about.bands, window=window, out_shape=(3, *shape)).any(axis=0))
             if self.about.alpha:

@@ -23,6 +23,7 @@ border, where objects are cut off, count little. Only the rows of one band of ti
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -151,11 +152,14 @@ def blend(
     # The rows from `top` on that the current band of tiles covers: weighted logits and, of each row, the sum of weights.
     sums, weight_down = np.zeros((height, scene.width), np.float32), np.zeros(height, np.float32)
 
-    for top, next_top in zip(Progress(tops, "rows of tiles", leave=False), [*tops[1:], scene.height]):
-        chosen = [left for left in lefts if coarse is None or coarse.touches(top, left, height, width)]
-        for some in batches(chosen, batch):
-            images = [scene.read(top, left, height, width) for left in some]
-            for left, logits in zip(some, look(images, [phrase] * len(some)).split(1)):
+    chosen = {top: [x for x in lefts if coarse is None or coarse.touches(top, x, height, width)] for top in tops}
+    looks = [(top, some) for top in tops for some in batches(chosen[top], batch)]
+    images = ahead([scene.read(top, left, height, width) for left in some] for top, some in looks)
+
+    for top, next_top in zip(bar := Progress(tops, "rows of tiles", leave=False), [*tops[1:], scene.height]):
+        bar.set_postfix_str(f"{top * scene.width / 1e6:,.0f} of {scene.height * scene.width / 1e6:,.0f} megapixels", False)
+        for some in batches(chosen[top], batch):
+            for left, logits in zip(some, look(next(images), [phrase] * len(some)).split(1)):
                 logits = at_size(logits, (height, width))
                 weight = coarse.agreement(logits, top, left, height, width) if coarse else 1
                 sums[:, left : left + width] += weight * logits * (down[:, None] * across)
@@ -174,3 +178,13 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     while some := list(itertools.islice(items, size)):
         yield some
+
+
+def ahead(items: Iterable) -> Iterator:
+    """The items in their order, each made by a thread while the one before is in use."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item

@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from threading import Event
 from unittest.mock import Mock, patch
 
 import cv2
@@ -27,6 +28,7 @@ from data import open_dataset
 from evaluate import score
 from experiments import page
 from imagery import plain, results
+from imagery.tiles import ahead
 from model import RS2SAM2
 from predict import RS2SAM2Predictor
 from presets import PRESETS, RECIPES
@@ -260,7 +262,8 @@ def test_one_image_two_phrases(predictor, picture, run):
     assert re.search("2 of 2 failed(.*\n.* exists: --overwrite makes){2}", run(*wanted, code=1)[1])
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
     run(*wanted, "--overwrite", "--dtype", "bfloat16")
-    assert [line["dtype"] for line in lines(folder)] == ["float32"] * 2 + ["bfloat16"] * 2 and len(list(folder.iterdir())) == len(before) == 5
+    assert [line["dtype"] for line in lines(folder)] == ["float32"] * 2 + ["bfloat16"] * 2
+    assert len(list(folder.iterdir())) == len(before) == 5
 
 
 def test_a_batch_goes_on_and_lists_its_failures(run, picture, monkeypatch):
@@ -302,6 +305,23 @@ def test_a_batch_goes_on_and_lists_its_failures(run, picture, monkeypatch):
         assert re.search(f'{name}, "{phrase[:60]}": .*{reason}', err), (name, reason)
     (_, (reduced,)), (_, (note,)) = sorted((line["image"] != "wide.png", line["notes"]) for line in done if "notes" in line)
     assert "first 77" in note and note in out and "reduced 47 times" in reduced and reduced in out
+
+
+def test_items_are_made_one_ahead_in_their_order_up_to_an_error():
+    made, second = [], Event()
+
+    def items():
+        for n in range(3):
+            made.append(n)
+            second.set() if n else None
+            yield n
+        raise ValueError("the fourth")
+
+    coming = ahead(items())
+    assert next(coming) == 0 and second.wait(10) and made == [0, 1]
+    assert [next(coming), next(coming)] == [1, 2]
+    with pytest.raises(ValueError, match="the fourth"):
+        next(coming)
 
 
 def test_wrong_usage_is_exit_code_2(run, ckpt, picture, tmp_path, monkeypatch):
