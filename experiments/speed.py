@@ -18,11 +18,7 @@ after each step. MFU is the share of what the device reaches on a large product.
 import argparse
 import contextlib
 import copy
-import ctypes
-import gc
 import itertools
-import math
-import statistics
 import sys
 import tempfile
 import time
@@ -30,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from runtime.arguments import answer_early, at_least
+from runtime.arguments import DTYPES, answer_early, at_least
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
 TASKS = ("train", "loader", "forward", "evaluate")  # in this order
@@ -48,6 +44,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--batch-size", type=at_least(int, 1), nargs="+", default=[1])
     add("--tasks", choices=TASKS, nargs="+", default=["forward", "train"])
     add("--compile", choices=MODES, nargs="*", default=[], help="time compiled forms too: by block, or as a whole")
+    add("--dtype", choices=DTYPES[1:], nargs="+", default=[], help="time forward and evaluate in each of these")
     add("--checkpoint-activations", action="store_true", help="as train.py's")
     add("--baseline", action="store_true", help="time the published settings too")
     add("--profile", action="store_true", help="where the time of a forward pass goes, instead of tasks")
@@ -71,6 +68,7 @@ from torch.utils.data import DataLoader
 
 from data import Collate, open_dataset
 from evaluate import score
+from experiments.clock import Device, measure
 from experiments.counting import flops, memory_table, random_batch, random_model
 from experiments.loading import write_scenes
 from fusion import CrossAttention
@@ -78,7 +76,7 @@ from losses import total_loss
 from model import RS2SAM2, compile_blocks
 from presets import RECIPES, Recipe, find_preset
 from runtime.devices import autocast, compute_dtype, default_workers, to_device
-from runtime.errors import exit_on_user_error
+from runtime.errors import UserError, exit_on_user_error
 from runtime.run_folder import revision
 from train import optimizers_for
 
@@ -124,58 +122,6 @@ def published_settings(model: RS2SAM2, half_encoder: bool):
 # ---- on a device ---------------------------------------------------------------------------------------------------------
 
 
-class Device:
-    """Clock and memory of the device that is measured."""
-
-    def __init__(self, name: str):
-        self.device, self.cuda = torch.device(name), name == "cuda"
-
-    def seconds(self, run) -> float:
-        if not self.cuda:
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-
-    def peak_bytes(self, run) -> int:
-        """The most memory in use during `run`: the allocator's on CUDA, the whole process's on Linux, else 0."""
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            run()
-            return torch.cuda.max_memory_allocated()
-        if not Path("/proc/self/clear_refs").exists():
-            return 0
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        run()
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-
-    def product(self) -> float:
-        """FLOP/s of a large product in the dtype of the forward pass: the peak that MFU refers to."""
-        n, dtype = (8192, compute_dtype()) if self.cuda else (2048, torch.float32)
-        a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
-        times = [self.seconds(lambda: a @ b) for _ in range(13)]
-        return 2 * n**3 / statistics.median(times[3:])
-
-    def describe(self) -> str:
-        names = [line for line in cpu_info() if line.startswith("model name")] or ["CPU"]
-        what = torch.cuda.get_device_name() if self.cuda else f"{names[0].split(':')[-1].strip()} (CPU)"
-        return f"{what}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-
-
-def cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 class Step:
     """A training step as train.py does it. batch as `random_batch` gives it; call is the model or its compiled form."""
 
@@ -209,27 +155,6 @@ def flushed(run) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(clock: Device, runs: dict, repeats: int, warmup: int) -> Iterator[tuple]:
-    """{key: (settings, run)} -> (key, median seconds, peak bytes) of each when it is known; (inf, 0) where memory ran out."""
-    count = repeats + warmup
-    keys = list(runs) * count if not clock.cuda else [k for k in runs for _ in range(count)]
-    times, peaks = {key: [] for key in runs}, dict.fromkeys(runs, 0)
-    for key in keys:
-        settings, run = runs[key]
-        with settings():
-            try:
-                times[key].append(clock.seconds(run))
-                if len(times[key]) == count:
-                    peaks[key] = clock.peak_bytes(run)
-            except torch.OutOfMemoryError:
-                times[key].append(math.inf)
-        if math.inf in times[key]:
-            gc.collect()
-            torch.cuda.empty_cache()
-        if len(times[key]) == count:
-            yield key, statistics.median(times[key][warmup:]), peaks[key]
-
-
 def compiled(model: RS2SAM2, mode: str) -> torch.nn.Module:
     """A form of the model with the same weights: its blocks compiled as train.py does it, or a graph of the whole in a mode of
     torch.compile."""
@@ -240,35 +165,44 @@ def compiled(model: RS2SAM2, mode: str) -> torch.nn.Module:
     return twin
 
 
+def in_dtype(model: RS2SAM2, dtype: str) -> RS2SAM2:
+    """The model in evaluation mode with its weights in a dtype, as evaluate.py has it."""
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    twin.cast_frozen(getattr(torch, dtype))
+    return twin
+
+
 def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step: Step, dataset) -> dict:
     """{(variant, batch size): (settings, run)} of one task, the published settings first."""
-    runs, precision = {}, partial(autocast, clock.device)
+    runs = {}
     batches = {size: random_batch(model, size, clock.device) for size in {1, *args.batch_size}}
     if args.baseline and task != "evaluate":
         settings = partial(published_settings, model, half_encoder=clock.cuda and task == "train")
         once = {"forward": forward_once, "train": step}[task]
         runs[BASELINE, 1] = settings, partial(flushed, partial(once, model, batches[1], contextlib.nullcontext))
     for size, (variant, call) in itertools.product(args.batch_size, calls.items()):
+        dtype = getattr(torch, variant) if variant in args.dtype else None
+        precision = partial(autocast, clock.device, dtype)
         runs[variant, size] = (
             contextlib.nullcontext,
             {
                 "forward": partial(forward_once, call, batches[size], precision),
                 "train": step and partial(step, call, batches[size], precision),
-                "evaluate": partial(score, call, dataset, batch_size=size, workers=args.workers),
+                "evaluate": partial(score, call, dataset, batch_size=size, workers=args.workers, dtype=dtype),
             }[task],
         )
     return runs
 
 
-def task_rows(name: str, task: str, results: Iterable, images: int | None, work: dict, product: float) -> Iterator[str]:
+def task_rows(args, task: str, results: Iterable, images: int | None, work: dict, product: float) -> Iterator[str]:
     """A table's lines for the results of one task; images: how many a run sees, where that is not the batch."""
-    baseline = None
+    name, baseline = args.model, None
     for (variant, size), seconds, memory in results:
         cells, rate = [name, task, variant, str(size)], (images or size) / seconds
         if rate == 0:
             yield f"| {' | '.join(cells)} | out of memory | | | | |"
             continue
-        baseline = rate if variant == BASELINE else baseline
+        baseline = rate if variant in (BASELINE, *args.dtype[:1]) else baseline
         mfu = f"{100 * rate * work['train' if task == 'train' else 'forward'] / product:.1f} %"
         times = f"{rate / baseline:.2f}" if baseline else ""
         yield f"| {' | '.join([*cells, f'{rate:.3g}', f'{1000 / rate:.4g}', mfu, f'{memory / 2**30:.2f}', times])} |"
@@ -345,7 +279,7 @@ def measured(args) -> Iterator[str]:
     """Everything the command line asks for, on the device -> lines of Markdown, each when it is known."""
     clock = Device(args.device)
     model = random_model(args.model, args.image_size, args.seed).to(clock.device)
-    if clock.cuda:
+    if clock.cuda and not args.dtype:
         model.cast_frozen(compute_dtype())
     model.image_encoder.checkpoint_activations = args.checkpoint_activations
     work, product = flops(args.model, args.image_size), clock.product()
@@ -356,9 +290,11 @@ def measured(args) -> Iterator[str]:
         yield profile(model.eval(), clock, random_batch(model, args.batch_size[-1], clock.device))
         return
     print(f"(this will take {expected_minutes(args, work, product):.0f} minutes or so)\n", file=sys.stderr, flush=True)
-    yield "| preset | task | variant | batch | images/s | ms an image | MFU | peak GiB | times published |"
+    first = args.dtype[0] if args.dtype else "published"
+    yield f"| preset | task | variant | batch | images/s | ms an image | MFU | peak GiB | times {first} |"
     yield "|---" * 9 + "|"
     calls = {"as it is": model} | {f"compiled ({mode})": compiled(model, mode) for mode in args.compile}
+    calls = {dtype: in_dtype(model, dtype) for dtype in args.dtype} or calls
     step = Step(model, RECIPES[args.model]) if "train" in args.tasks else None
     with tempfile.TemporaryDirectory() as folder:
         root, data, images = Path(folder) / "scenes", None, 4 * max(args.batch_size)
@@ -371,18 +307,20 @@ def measured(args) -> Iterator[str]:
             if not model.training:
                 step = None  # and with it the optimiser's memory
                 model.requires_grad_(False)
-                if clock.cuda:
+                if clock.cuda and not args.dtype:
                     model.cast_frozen(compute_dtype())  # all weights, as evaluate.py does
             if task == "loader":
                 yield from loader_rows(args, model, clock, step, [*calls.values()][-1], root)
                 continue
             results = measure(clock, task_runs(args, task, model, clock, calls, step, data), args.repeats, args.warmup)
-            yield from task_rows(args.model, task, results, images if task == "evaluate" else None, work, product)
+            yield from task_rows(args, task, results, images if task == "evaluate" else None, work, product)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = command_line().parse_args(arguments)
     find_preset(args.model)
+    if args.dtype and (args.compile or args.baseline or {*args.tasks} - {"forward", "evaluate"}):
+        raise UserError("--dtype times the tasks forward and evaluate as they are: --tasks names them, other flags go")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.workers = default_workers() if args.workers is None else args.workers
     command = " ".join(["python -m experiments.speed", *(sys.argv[1:] if arguments is None else arguments)])

@@ -199,3 +199,15 @@ def test_a_prediction_that_fills_the_card_names_the_batch_and_costs_itself_alone
         predict.main()
     said = capsys.readouterr().err
     assert end.value.code == 1 and "1 of 2 failed" in said and "memory is full: use a smaller --batch, or --device cpu" in said
+
+
+def test_dtypes_are_timed_beside_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed.Device, "product", lambda self: 1e12)  # this and the next take seconds
+    monkeypatch.setattr(speed, "flops", lambda *_: {"forward": 1e9, "train": 3e9})
+    dtypes = "--image-size 64 --device cpu --repeats 1 --warmup 0 --dtype float32 bfloat16 --tasks forward --out"
+    speed.main([*dtypes.split(), str(out := tmp_path / "speed.md")])
+    head, *rows = [line.split(" | ") for line in out.read_text().splitlines() if line.startswith("| ") and "---" not in line]
+    assert head[-1] == "times float32 |" and [row[2] for row in rows] == ["float32", "bfloat16"]
+    assert rows[0][-1] == "1.00 |" and float(rows[1][-1][:-2]) == pytest.approx(float(rows[1][4]) / float(rows[0][4]), rel=0.02)
+    with pytest.raises(UserError, match="--dtype times the tasks forward and evaluate"):
+        speed.main(["--dtype", "bfloat16", "--out", str(out)])
