@@ -167,6 +167,24 @@ def test_devices(monkeypatch):
         devices.pick_device(None)
 
 
+def test_what_is_computed_in(monkeypatch):
+    model, few = torch.nn.Linear(8, 1), {"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": False}
+    for names, known in ((few, False), (few | {"_is_amx_tile_supported": True}, True), ({}, False)):
+        with monkeypatch.context() as patch:  # another torch may not know of such instructions
+            patch.setattr(torch, "cpu", SimpleNamespace(**{name: lambda there=there: there for name, there in names.items()}))
+            assert devices.cpu_has_bfloat16.__wrapped__() is known
+    monkeypatch.setattr(devices, "LARGE", 8)
+    for there in (True, False):
+        monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda there=there: there)
+        assert devices.chosen_dtype("auto", model) == (torch.bfloat16 if there else torch.float32)
+        assert devices.chosen_dtype("auto", torch.nn.Linear(7, 1)) == torch.float32
+        assert devices.chosen_dtype("bfloat16", model) == torch.bfloat16
+        assert devices.chosen_dtype("float32", model) == torch.float32
+    for dtype, computed in ((None, torch.float32), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        with devices.autocast(torch.device("cpu"), dtype):
+            assert model(torch.ones(1, 8)).dtype == computed
+
+
 @pytest.fixture
 def stop():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
