@@ -48,14 +48,15 @@ def captioned(image: np.ndarray, text: str, below: bool = False, lines: int = 1,
     """
     text = unicodedata.normalize("NFC", " ".join(text.split()))
     letters = shown = "".join(c for c in text if c.isprintable() or c in JOINERS)
-    width, height = image.shape[1], int(1.5 * size * lines)
-    while len(ink := shaped(shown, max(1, width - 12), size)) > height and len(letters) > 1:
-        letters = letters[: int(len(letters) * min(0.95, 1.2 * height / len(ink)))]
+    width, line = image.shape[1], size + 6
+    while len(ink := shaped(shown, max(1, width - 12), size)) > line * lines and len(letters) > 1:
+        letters = letters[: int(len(letters) * min(0.95, 1.2 * line * lines / len(ink)))]
         shown = letters + "..."
-    strip = np.full((min(len(ink), height) + 10, width, 3), 255, np.uint8)
-    part = strip[5:-5, 6:]
+    rows = min(lines, -(-len(ink) // line))
+    strip = np.full((line * rows + 6, width, 3), 255, np.uint8)
+    part = strip[3:-3, 6:]
     ink = ink[: part.shape[0], : part.shape[1]]
-    part[:, : ink.shape[1]] -= ink[..., None]
+    part[: len(ink), : ink.shape[1]] -= ink[..., None]
     return np.concatenate([image, strip] if below else [strip, image])
 
 
