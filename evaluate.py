@@ -175,9 +175,7 @@ def scored_row(item: dict, prediction: np.ndarray, target: torch.Tensor, protoco
 
 
 @torch.inference_mode()
-def score(
-    model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", masks=False, dtype=None
-) -> list[dict]:
+def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", masks=False, dtype=None) -> list[dict]:
     """Run the model over a data set -> one row a sample: id, file, phrase, kind, category, intersection, union, iou,
     boundary_iou, and of the true mask its share of the image and the name of its size; with `masks` also the predicted one at
     the size the true one is stored at, "segmentation", as an RLE, and its "confidence", the mean probability inside it.
@@ -365,9 +363,7 @@ def numbers_of(dataset: ReferringDataset, ids: list[str]) -> list[int]:
     for number, (i, _) in enumerate(dataset.items):
         known.setdefault(dataset.samples[i].id, []).append(number)
     if unknown := [id for id in ids if id not in known]:
-        raise UserError(
-            f"--ids {unknown[0]}: split {dataset.split} has no such sample, but {', '.join([*known][:5])} ..."
-        )
+        raise UserError(f"--ids {unknown[0]}: split {dataset.split} has no such sample, but {', '.join([*known][:5])} ...")
     return [number for id in dict.fromkeys(ids) for number in known[id]]
 
 
