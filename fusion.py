@@ -230,7 +230,7 @@ class FusedHiera(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, text_mask: Tensor | None = None) -> list[Tensor]:
         x = self.trunk.patch_embed(image)  # (B, H/4, W/4, D_0)
-        x = (x + self.trunk._get_pos_embed(x.shape[1:3])).contiguous()  # (B, H/4, W/4, D_0)  as the blocks read it
+        x = x + self.trunk._get_pos_embed(x.shape[1:3])  # (B, H/4, W/4, D_0)
         stages = []
         for i, block in enumerate(self.trunk.blocks):
             if self.checkpoint_activations and torch.is_grad_enabled():
