@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -338,6 +339,15 @@ def test_absent_phrases_name_nothing_that_is_there(tmp_path):
     (tmp_path / "instances.json").write_text(json.dumps(content))
     rows = [row for row in made(tmp_path, "--absent", "1") if row["kind"] == "absent"]
     assert len(rows) == 1 and rows[0]["image"] == "0.png" and "tank" in rows[0]["phrase"]
+
+
+def test_three_training_images_in_ten_have_an_absent_phrase_unless_another_share_is_asked_for(tmp_path):
+    coco_file(tmp_path, 200)
+    for options, least, most in (((), 0.2, 0.4), (("--absent", "0"), 0, 0)):
+        rows = [row for row in made(tmp_path, *options) if row["split"] == "train"]
+        absent = sum(row["kind"] == "absent" for row in rows)
+        assert least <= absent / len({row["image"] for row in rows}) <= most
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_tiles_cover_all_of_an_image(tmp_path):
