@@ -88,16 +88,38 @@ class CrossAttention(nn.MultiheadAttention):
     """Multi-head attention of queries over a memory: nn.MultiheadAttention that never asks for the attention matrix.
 
     Without need_weights torch computes it by F.scaled_dot_product_attention, whose fused kernels never hold the matrix, in
-    training too. Queries (B, Nq, dim), memory (B, Nk, dim), mask (B, Nk) bool, True = attend, or None -> (B, Nq, dim).
+    training too; on a card `flash` sees to it.
+    Queries (B, Nq, dim), memory (B, Nk, dim), mask (B, Nk) bool, True = attend, or None -> (B, Nq, dim).
     """
 
     def __init__(self, dim: int, heads: int):
         super().__init__(dim, heads, batch_first=True)
 
     def forward(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        if query.is_cuda:
+            return self.flash(query, memory, mask)  # (B, Nq, dim)
         padding = None if mask is None else ~mask  # (B, Nk)
         query = query.view_as(query)  # (B, Nq, dim)  where query and memory are one, evaluation would hold the matrix
         return super().forward(query, memory, memory, key_padding_mask=padding, need_weights=False)[0]  # (B, Nq, dim)
+
+    def flash(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The same attention in the form that CUDA's flash kernel takes: heads of a multiple of 8 channels and no mask.
+
+        Channels of zeros change no product. One more channel is 1 in the queries and, in the keys, 0 or so low a number that
+        a padded key's weight is exactly 0.
+        """
+        dim = self.embed_dim
+        q = F.linear(query, self.in_proj_weight[:dim], self.in_proj_bias[:dim])  # (B, Nq, dim)
+        k, v = F.linear(memory, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, dim=-1)  # (B, Nk, dim) each
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))  # (B, N, heads, d)
+        if mask is not None:
+            low = torch.where(mask, 0.0, -3e4).to(k.dtype)[..., None, None]  # (B, Nk, 1, 1)  float16 ends at -65504
+            k = torch.cat([k, low.expand(-1, -1, self.num_heads, 1)], dim=-1)  # (B, Nk, heads, d + 1)
+            q = F.pad(q, (0, 1), value=1.0)  # (B, Nq, heads, d + 1)
+        width = -(-q.shape[-1] // 8) * 8
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, width)
+        read = F.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)  # (B, heads, Nq, width)
+        return self.out_proj(read[..., : self.head_dim].transpose(1, 2).flatten(2))  # (B, Nq, dim)
 
 
 def output_layer(hidden: int, dim: int, zero_start: bool) -> nn.Linear:

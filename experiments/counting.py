@@ -23,12 +23,11 @@ import torch
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusion import TextToVisionAdapter
+from fusion import CrossAttention
 from losses import total_loss
 from model import RS2SAM2, count_parameters
 from presets import PRESETS, RECIPES
@@ -112,14 +111,12 @@ class Live(TorchDispatchMode):
 
 
 def as_on_a_card(model: RS2SAM2) -> None:
-    """Let a model on a CPU compute what takes memory as CUDA does: norms in float32, and masked attention with the matrix of
-    its weights where heads are no multiple of 8 wide, for which no fused kernel is."""
+    """Let a model on a CPU compute what takes memory as CUDA does: norms in float32, attention of our own with padded heads."""
     for module in model.modules():
         if isinstance(module, (nn.LayerNorm, LayerNorm2d)):
             module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
-        if isinstance(module, TextToVisionAdapter) and module.vision_reads_text.head_dim % 8:
-            attention = module.vision_reads_text
-            attention.forward = sdpa_kernel(SDPBackend.MATH)(attention.forward)
+        if isinstance(module, CrossAttention):
+            module.forward = module.flash
 
 
 @contextlib.contextmanager

@@ -86,6 +86,33 @@ def test_the_fused_kernel_is_what_runs(training):
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names and "aten::softmax" not in names
 
 
+@pytest.mark.parametrize("heads", [1, 3, 6], ids=lambda heads: f"of {24 // heads} channels")
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_form_for_the_flash_kernel_is_the_same_attention(heads, masked, monkeypatch):
+    """Values and gradients; no mask goes to the kernel, heads of a multiple of 8; what is padded weighs nothing."""
+    torch.manual_seed(0)
+    attention, calls = CrossAttention(24, heads), []
+    nn.init.normal_(attention.in_proj_bias)
+    query, memory = torch.randn(2, 7, 24), torch.randn(2, 5, 24)
+    mask = torch.tensor([[True] * 5, [True, True] + [False] * 3]) if masked else None
+
+    def gradients(form):
+        read = form(query, memory, mask)
+        return read, *torch.autograd.grad(read.square().sum(), list(attention.parameters()))
+
+    expected, kernel = gradients(attention.forward), F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: calls.append((args, kw)) or kernel(*args, **kw))
+    for a, b in zip(expected, gradients(attention.flash), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    ((args, options),) = calls
+    assert len({x.shape[-1] % 8 for x in args}) == 1 and args[0].shape[-1] % 8 == 0 and {*options} == {"scale"}
+    if masked:
+        half = attention.half()
+        read = half.flash(query.half(), memory.half(), mask)
+        memory[1, 2:] = 9.0  # padding
+        assert read.isfinite().all() and torch.equal(read, half.flash(query.half(), memory.half(), mask))
+
+
 def test_computing_activations_again_changes_no_gradient():
     model = small_hiera(PUBLISHED)
     image, text = torch.randn(1, 3, 64, 64), torch.randn(1, 5, 24)

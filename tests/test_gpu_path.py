@@ -164,21 +164,16 @@ def test_only_flags_that_are_left_are_named(samples, accumulate, checkpointing, 
 
 
 def test_memory_is_counted_as_a_card_takes_it():
-    model = small_model()
-    counting.as_on_a_card(model)
-    dtypes, block = [], model.image_encoder.trunk.blocks[1]  # of heads 8 wide, whose attention stays fused
-    block.block.norm1.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
-    with counting.Live() as fused, torch.autocast("cpu", torch.bfloat16):
-        model(*batch_for(model, [7] * 4))
-    assert dtypes == [torch.float32]
-    narrow = small_model(reduction=2)
-    lives = [fused]
+    model, dtypes, peaks = small_model(), [], []
+    model.image_encoder.trunk.blocks[1].block.norm1.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
     for cast in (lambda _: None, counting.as_on_a_card):
-        cast(narrow)
+        cast(model)
         with counting.Live() as live, torch.autocast("cpu", torch.bfloat16):
-            narrow(*batch_for(narrow, [7] * 4))
-        lives.append(live)
-    assert lives[1].peak < lives[2].peak
+            model(*batch_for(model, [7] * 4))
+        peaks.append(live.peak)
+    assert dtypes[1] == torch.float32 and peaks[0] < peaks[1]
+    own = [module for module in model.modules() if isinstance(module, fusion.CrossAttention)]
+    assert own and all(attention.forward == attention.flash for attention in own)
 
 
 def test_a_prediction_that_fills_the_card_names_the_batch_and_costs_itself_alone(tmp_path, monkeypatch, capsys):
