@@ -30,7 +30,11 @@ from runtime.arguments import DTYPES, answer_early, at_least
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
 TASKS = ("train", "loader", "forward", "evaluate")  # in this order
-MODES = ("blocks", "default", "reduce-overhead", "max-autotune")  # by block as train.py does it; of torch.compile
+# Graphs by block, with the options of torch.compile: as train.py does it; small kernels put together; each a CUDA graph.
+BY_BLOCK: dict[str, dict] = {
+    "blocks": {}, "blocks-combined": {"options": {"combo_kernels": True}}, "blocks-graphed": {"mode": "reduce-overhead"},
+}  # fmt: skip
+MODES = (*BY_BLOCK, "default", "reduce-overhead", "max-autotune")  # the others: of torch.compile, for the whole
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -156,12 +160,11 @@ def flushed(run) -> None:
 
 
 def compiled(model: RS2SAM2, mode: str) -> torch.nn.Module:
-    """A form of the model with the same weights: its blocks compiled as train.py does it, or a graph of the whole in a mode of
-    torch.compile."""
-    if mode != "blocks":
+    """A form of the model with the same weights: its blocks compiled, or a graph of the whole in a mode of torch.compile."""
+    if mode not in BY_BLOCK:
         return torch.compile(model, dynamic=False, mode=mode)
     shared = {id(p): p for p in [*model.parameters(), *model.buffers()]}  # what deepcopy takes as copied already
-    compile_blocks(twin := copy.deepcopy(model, shared))
+    compile_blocks(twin := copy.deepcopy(model, shared), **BY_BLOCK[mode])
     return twin
 
 

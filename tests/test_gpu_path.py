@@ -64,6 +64,12 @@ def test_what_an_ablation_leaves_is_compiled_too():
     assert compile_blocks(small_model(parts="fusion"), backend="eager") == compile_blocks(small_model(), backend="eager")
 
 
+@pytest.mark.parametrize("mode", speed.BY_BLOCK)
+def test_forms_by_block_have_options_that_torch_knows(mode):
+    model = speed.compiled(small_model(), mode)
+    assert all(block._compiled_call_impl for block in model.image_encoder.trunk.blocks)
+
+
 def test_equal_parts_of_a_batch():
     with pytest.raises(UserError, match="a batch of 9 can't be divided evenly by 1 process with --accumulate 2"):
         processes.processes_for(1, 1, batch=9, parts=2)
