@@ -7,8 +7,8 @@
 Written are images/, masks/ and phrases.csv, which people can read and correct: see docs/data.md. A phrase names its target by
 category, position, size, relation to another object or superlative, or names a group ("the two ships on the left"). It is
 clearly true of its target and clearly false of every other object of the category, also of those too small to be named.
-Some training phrases name a category that is not in the image, and their masks are empty; split `absent` has such a phrase
-for each image of `val` and `test`.
+Split `absent` has a phrase for each image of `val` and `test` whose category is not there; its masks are empty. With --absent
+some training images have such a phrase too.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def command_line() -> argparse.ArgumentParser:
         help="objects that cover less of the image are not named (default: 0.003)")  # fmt: skip
     add("--phrases", type=at_least(int, 1), default=4, metavar="N",
         help="of a target of split train, at most; elsewhere one (default: 4)")  # fmt: skip
-    add("--absent", type=at_least(float, 0), default=0.3, metavar="SHARE",
-        help="share of the training images that get a phrase of something absent (default: 0.3)")  # fmt: skip
+    add("--absent", type=at_least(float, 0), default=0.0, metavar="SHARE",
+        help="share of the training images that get a phrase of something absent (default: 0)")  # fmt: skip
     add("--seed", type=at_least(int, 0), default=0, help="of the phrases (default: 0)")
     return parser
 
