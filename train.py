@@ -157,7 +157,7 @@ class Run:
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = AveragedWeights(model, recipe.ema)
-        self.samples, self.epoch, self.best, self.log = 0, 0, -1.0, []  # epoch: how many are complete
+        self.samples, self.epoch, self.best, self.best_rows, self.log = 0, 0, -1.0, [], []  # epoch: how many are complete
         self.running, self.revision = {}, revision()  # running: sums over the epoch under way
         self.began = self.saved_at = time.time()
         self.workers, self.taught = default_workers() if args.workers is None else args.workers, taught(train_set)
@@ -316,9 +316,9 @@ def score_validation(run: Run) -> list[dict]:
 def validate(run: Run) -> dict:
     """Score the averaged weights on the validation set; keep them if they are the best so far."""
     run.average.swap()
-    scores = results_by_group(score_validation(run), "ours")["scores"]
+    scores = results_by_group(rows := score_validation(run), "ours")["scores"]
     if scores["mIoU"] + scores["oIoU"] > run.best:
-        run.best = scores["mIoU"] + scores["oIoU"]
+        run.best, run.best_rows = scores["mIoU"] + scores["oIoU"], rows
         if not rank():
             run.folder.save_best(run.checkpoint(scores))
     run.average.swap()
@@ -326,10 +326,10 @@ def validate(run: Run) -> dict:
 
 
 def finish(run: Run) -> None:
-    """Score and picture the best weights."""
+    """Print the best weights' scores and picture what they find."""
     gather(None)  # rank 0 has written best.pt
     run.model.load_state_dict(checkpoints.read_checkpoint(best := run.folder.best)["model"])
-    rows = score_validation(run)
+    rows = run.best_rows or score_validation(run)  # the second where they were scored before an interruption
     if rank():
         return
     print(f"\nbest weights on the validation set of {run.args.data}, per cent:")
