@@ -239,7 +239,7 @@ class PredictionRun:
     def run(self) -> list[tuple[Job, str]]:
         """Predict and write all -> what has failed: (job, reason). While a group is predicted, a thread reads the next and one
         writes the last; a large scene is written here, strip by strip."""
-        with quiet(), Progress(total=len(self.jobs), desc="phrases") as self.bar, ThreadPoolExecutor(1) as writer:
+        with quiet, Progress(total=len(self.jobs), desc="phrases") as self.bar, ThreadPoolExecutor(1) as writer:
             written = writer.submit(list)
             for group in ahead(self.groups()):
                 done = self.predicted(group)
@@ -283,12 +283,13 @@ class PredictionRun:
         """Small scenes in one forward pass, a large one in tiles."""
         args, scenes, phrases = self.args, [scene for _, scene in pending], [job.phrase for job, _ in pending]
         try:
-            with card_failures("use a smaller --batch, or --device cpu"):
+            with card_failures("use a smaller --batch, or --device cpu", end=False):
                 return list(scene_rows(self.predictor.look, scenes, phrases, args.tile, args.tiling, args.batch))
         except Exception as error:
             if len(pending) == 1:
-                return [error]
-            return [row for one in pending for row in self.rows([one])]  # an image that can't be read costs its own jobs alone
+                error.__context__ = None  # which holds all that the card was full of
+                return [error.with_traceback(None)]
+        return [row for one in pending for row in self.rows([one])]  # an image that can't be read costs its own jobs alone
 
     def write_all(self, done: list[tuple[Job, Scene | None, Rows | Exception]]) -> None:
         for job, scene, rows in done:
@@ -309,7 +310,7 @@ class PredictionRun:
         settings |= {"threshold": args.threshold, "min_area": args.min_area, "weights": self.weights}
         settings["dtype"] = str(self.predictor.dtype).removeprefix("torch.")
         try:
-            with card_failures("use a smaller --batch, or --device cpu"):
+            with card_failures("use a smaller --batch, or --device cpu", end=False):
                 strips = foreground(scene, rows, args.threshold, args.min_area)
                 line = self.folder.write(job, scene, strips, settings, self.about, notes, missed)
         except Exception as error:

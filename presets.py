@@ -161,7 +161,9 @@ def with_settings(preset: Preset, recipe: Recipe, settings: list[str]) -> tuple[
             known = ", ".join(f.name for record in (preset, recipe) for f in fields(record))
             raise UserError(f"--set {setting}: write name=value, where name is one of {known}")
         if top in {f.name for f in fields(preset)}:
-            preset = _with_setting(preset, name, _value(text), setting)
+            preset, before = _with_setting(preset, name, _value(text), setting), preset
+            if preset.train_trunk != before.train_trunk:
+                raise UserError(f"--set {setting}: --from-scratch trains SAM 2's image encoder, --sam2 freezes it, --set can't")
         else:
             recipe = _with_setting(recipe, name, _value(text), setting)
             recipe = replace(recipe, samples=0) if name == "epochs" else recipe

@@ -148,6 +148,7 @@ class Run:
         self.train_set, self.val_set, self.folder = train_set, val_set, RunFolder(args.out)
         for dataset in (train_set, val_set):
             dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
+        model.text_weight.requires_grad_(any("boundary" in term for term in recipe.losses))  # else it has no gradient
         self.model = self.synced = on_device(model, device)
         self.model.image_encoder.checkpoint_activations = args.checkpoint_activations
         if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
@@ -160,8 +161,8 @@ class Run:
         self.samples, self.epoch, self.best, self.best_rows, self.log = 0, 0, -1.0, [], []  # epoch: how many are complete
         self.running, self.revision = {}, revision()  # running: sums over the epoch under way
         self.began = self.saved_at = time.time()
-        self.workers, self.taught = default_workers() if args.workers is None else args.workers, taught(train_set)
-        self.epoch_samples = int(np.clip(len(train_set), *recipe.epoch_range))
+        self.workers, self.taught = default_workers() if args.workers is None else args.workers, {}
+        self.epoch_samples = max(recipe.batch_size, int(np.clip(len(train_set), *recipe.epoch_range)))  # a step at least
         self.epochs = -(-recipe.samples // self.epoch_samples) or recipe.epochs
 
     def groups(self) -> list[dict]:
@@ -197,7 +198,8 @@ class Run:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.average.load_state_dict(state["average"])
-        self.samples, self.epoch, self.best, self.init = state["samples"], state["epoch"], state["best"], state.get("init")
+        self.samples, self.epoch, self.best = state["samples"], state["epoch"], state["best"]
+        self.init, self.taught = state.get("init"), state.get("taught", {})
         self.log, self.running, self.began = state["log"], state["running"], self.began - state.get("seconds", 0)
 
 
@@ -334,7 +336,8 @@ def finish(run: Run) -> None:
         return
     print(f"\nbest weights on the validation set of {run.args.data}, per cent:")
     print_results(results_by_group(rows, "ours"))
-    write_panels(run.args.out / "panels.png", run.model, run.val_set, best_median_worst(rows, 12))
+    with torch.compiler.set_stance("force_eager"):  # as in scoring
+        write_panels(run.args.out / "panels.png", run.model, run.val_set, best_median_worst(rows, 12))
     print(f"\nwrote {best} and {run.args.out / 'panels.png'}; score it with `python evaluate.py --ckpt {best}`")
 
 
@@ -369,24 +372,21 @@ def main(arguments: list[str] | None = None, edit=None, left_out: tuple[str, ...
             processes = processes_for(args.gpus, recipe.cpu_processes, recipe.batch_size, args.accumulate)
             if not launched() and processes > 1:
                 return launch(processes)
-            args.out = args.out or free_run(args.data, args.model)
-            if not args.resume and RunFolder(args.out).taken():
+            if args.out and not args.resume and RunFolder(args.out).taken():
                 raise UserError(f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}")
             model, train_set, val_set = prepare(args, preset, recipe, checkpoint, edit)
+            args.out = args.out or (None if rank() else free_run(args.data, args.model))
         args.out = gather(args.out)[0]
         run = Run(args, recipe, model, device, train_set, val_set, left_out)
         if not rank():
             run.folder.make()
-        variant = args.model + (f" without {', '.join(left_out)}" if left_out else "")
-        where = f"{world_size()} x {device.type}" if world_size() > 1 else device
-        print(f"{variant} on {args.data} ({len(train_set):,} training targets, {len(val_set):,} validation phrases), {where}, "
-              f"run {args.out}\n{opening(args, model, checkpoint, (preset, recipe))}", flush=True)  # fmt: skip
+        print(opening(run, checkpoint), flush=True)
         if args.resume:
             run.restore(checkpoint)
             run.log += [{"resumed at": run.samples, "set": args.set}] if args.set else []
             args.set = [*checkpoint["args"]["set"], *args.set]
         else:
-            run.init = args.init and started_from(args.init, checkpoint)
+            run.init, run.taught = args.init and started_from(args.init, checkpoint), taught(train_set, checkpoint)
             run.log = [first_line(run.checkpoint({}))]
         del checkpoint
         stop.farewell = f"stopped; go on with: python train.py --resume {args.out}"

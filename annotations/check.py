@@ -104,8 +104,7 @@ def look_at_all(samples: list[Sample]) -> list[Look]:
     groups = defaultdict(list)
     for sample in samples:
         groups[sample.image].append(sample)
-    # `quiet` around them all: what it sets belongs to the process, and one thread's end must not undo it for the others.
-    with quiet(), ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+    with quiet, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         return list(Progress(pool.imap(look_at, groups.values()), "images", len(groups)))
 
 

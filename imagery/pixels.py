@@ -22,7 +22,7 @@ def decode(path: str | Path, any_depth: bool = False) -> Image.Image:
     any_depth: grey of more than 8 bits is taken too (modes I;16, I and F). More bits in colour, which Pillow would cut down to
     8 without a word, are always a ValueError, as are animations, truncated files and those of more than MAX_PIXELS."""
     try:
-        with quiet(), opened(Path(path)) or Image.fromarray(read_image(path)) as picture:
+        with quiet, opened(Path(path)) or Image.fromarray(read_image(path)) as picture:
             refuse_for_training(path, picture, None, any_depth)
             loaded(picture, path)
             return picture

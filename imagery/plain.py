@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -42,21 +43,36 @@ class Scene:
         return self.read(0, 0, self.height, self.width)
 
 
-@contextlib.contextmanager
-def quiet():
-    """Warnings and log lines of Pillow and GDAL don't reach the terminal: what matters of them is a note or an error.
+class Quiet:
+    """Within it warnings and log lines of Pillow and GDAL don't reach the terminal: what matters is a note or an error.
 
-    Pillow's own limit of pixels is off: those of scenes.py hold."""
-    for logger in map(logging.getLogger, ("PIL", "rasterio")):
-        if logger.level != logging.CRITICAL:  # setting it takes longer than opening a file
-            logger.setLevel(logging.CRITICAL)
-    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = most
+    Pillow's own limit of pixels is off: those of scenes.py hold. All this belongs to the process, so the first thread to come
+    sets it and the last to leave restores it."""
+
+    def __init__(self):
+        self.lock, self.within, self.restore = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.within += 1
+            if self.within > 1:
+                return
+            for logger in map(logging.getLogger, ("PIL", "rasterio")):
+                if logger.level != logging.CRITICAL:  # setting it takes longer than opening a file
+                    logger.setLevel(logging.CRITICAL)
+            self.restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            Image.MAX_IMAGE_PIXELS = None
+            self.restore.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module="PIL|rasterio")
+
+    def __exit__(self, *_) -> None:
+        with self.lock:
+            self.within -= 1
+            if not self.within:
+                self.restore.close()
+
+
+quiet = Quiet()
 
 
 # Pillow's pictures -----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def gdal(sentence: str):
         yield None
         return
     try:
-        with quiet(), rasterio.Env():
+        with quiet, rasterio.Env():
             yield rasterio
     except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError) as error:
         memory = "emory" in f"{error} {error.__cause__}"

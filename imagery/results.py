@@ -117,16 +117,16 @@ class ResultFolder:
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}; --out names another folder") from None
 
-    def files(self, job: Job, scene: Scene) -> dict[str, Path]:
-        """{"mask", "overlay", "probabilities" if wanted and, where the scene is georeferenced, "polygons": path}."""
+    def files(self, job: Job, scene: Scene, kinds: tuple[str, ...]) -> dict[str, Path]:
+        """{"mask", "overlay", `kinds` and, where the scene is georeferenced, "polygons": path}."""
         name = f"{self.stems[job.image]}-{job.n}-{slug(job.phrase)}"
         names = {"mask": f"{name}{scene.suffix}", "overlay": f"{name}-overlay.png"}
-        names |= {kind: f"{name}-{kind}.tif" for kind in self.kinds}
+        names |= {kind: f"{name}-{kind}.tif" for kind in kinds}
         names |= {"polygons": f"{name}.geojson"} if scene.placed else {}
         return {kind: self.path / name for kind, name in names.items()}
 
     def refuse_existing(self, job: Job, scene: Scene) -> None:
-        for path in () if self.overwrite else self.files(job, scene).values():
+        for path in () if self.overwrite else self.files(job, scene, self.kinds).values():
             if path.exists():
                 raise UserError(f"{path} exists: --overwrite makes it anew, --out names another folder.")
 
@@ -136,12 +136,15 @@ class ResultFolder:
         about: what else than image, phrase and date the polygons' features and the TIFFs' tags say. missed: a note where the
         mask is empty, or "". UserError or OSError where the strips can't be computed or written; then there are no files of it.
         """
-        paths, date = self.files(job, scene), datetime.now().astimezone().isoformat(timespec="seconds")
+        paths, date = self.files(job, scene, self.kinds), datetime.now().astimezone().isoformat(timespec="seconds")
         about = {"image": str(job.image), "phrase": job.phrase} | about | {"date": date}
         with tempfile.TemporaryDirectory(prefix=".part-", dir=self.path) as scratch:
             parts = {kind: Path(scratch, path.name) for kind, path in paths.items()}
             facts, more = write_files(parts, scene, strips, about)
             self.refuse_existing(job, scene)  # another run may have written them by now
+            for kind, path in self.files(job, scene, ("probabilities",)).items() if self.overwrite else ():
+                if kind not in parts or not parts[kind].exists():
+                    path.unlink(missing_ok=True)  # of an earlier mask
             for kind in [*paths][::-1]:  # the mask last: where it is, the rest is
                 if parts[kind].exists():
                     os.replace(parts[kind], paths[kind])

@@ -46,7 +46,7 @@ def open_scene(path: str | Path, bands: tuple[int, ...] | None = None, as_stored
         obeyed where the image is decoded whole; rasterio gives pixels as they are stored.
     """
     path = Path(path)
-    with quiet(), opened(path) or contextlib.nullcontext() as picture:
+    with quiet, opened(path) or contextlib.nullcontext() as picture:
         if as_stored and picture and picture.format not in ("TIFF", "JPEG2000") and not side_files(path, MASK_FILES):
             refuse_for_training(path, picture)
             return plain_image(picture, path, bands, as_stored, loaded(picture, path))
@@ -122,7 +122,7 @@ def as_scene(image: str | Path | Image.Image | np.ndarray | torch.Tensor, bands:
     if isinstance(image, (str, Path)):
         return open_scene(image, bands)
     if isinstance(image, Image.Image):
-        with quiet():
+        with quiet:
             loaded(image, "The PIL image")
             return PlainImage(pixels_of(image), bands, "The PIL image")
     return PlainImage(*array_of(image, bands), "The array")

@@ -134,12 +134,14 @@ def first_words(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def card_failures(way_out: str = "take a smaller --model, or a card that other programs leave free"):
-    """What fails on a card alone, as a UserError with exit code 1. way_out: what to do where its memory is full."""
+def card_failures(way_out: str = "take a smaller --model, or a card that other programs leave free", end: bool = True):
+    """What fails on a card alone, as a UserError with exit code 1. way_out: what to do where its memory is full; end: whether
+    the program ends with it, as it may on every rank."""
     try:
         yield
     except torch.OutOfMemoryError:
-        let_rank_0_speak()
+        if end:
+            let_rank_0_speak()
         raise UserError(f"the card's memory is full: {way_out}", exit_code=1) from None
     except torch._dynamo.exc.TorchDynamoException as error:
         let_rank_0_speak()

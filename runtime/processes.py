@@ -4,12 +4,14 @@ Each finds its number, its rank, in the environment. Rank 0 alone prints and wri
 """
 
 import contextlib
+import functools
 import logging
 import os
 import signal
 import sys
 import time
 import traceback
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -43,9 +45,9 @@ def process_group():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    # Gradients go by NCCL where there are cards; Python objects always by gloo, which can wait for a long download.
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    patient_group()
     code = 1
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
@@ -71,6 +73,13 @@ def process_group():
         os._exit(code)  # the group's threads may abort the interpreter's own end
 
 
+@functools.cache
+def patient_group() -> dist.ProcessGroup:
+    """All processes, for Python objects: one may wait for another's download, or for the last of its images, for days. The end
+    of a process shows at once all the same."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
 def tell_of_another_machine() -> None:
     """Say, once on each machine, that the run ends: the torchrun of one machine prints what happens there alone."""
     if int(os.environ["LOCAL_RANK"]) == 0:
@@ -94,7 +103,7 @@ def gather(value) -> list:
     """The values of all ranks, in their order, on every rank. All of them must call it."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=patient_group())
     return values
 
 

@@ -1,6 +1,7 @@
 """A run's folder and its files, each written whole or not at all."""
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -105,11 +106,12 @@ def revision() -> str:
 
 
 def free_run(data: str, model: str) -> Path:
-    """runs/<data>-<model>-<number>, the first number that is free."""
-    number = 1
-    while (path := Path("runs") / f"{Path(data).resolve().name}-{model}-{number}").exists():
-        number += 1
-    return path
+    """runs/<data>-<model>-<number>, a new folder of the first number that is free: runs that start together have their own."""
+    for number in itertools.count(1):
+        path = Path("runs") / f"{Path(data).resolve().name}-{model}-{number}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
 
 
 def free_path(path: Path) -> Path:

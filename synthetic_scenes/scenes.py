@@ -193,4 +193,8 @@ def ensure_scenes(root: Path, **options) -> None:
     """`make_scenes` where there is no folder `root` yet."""
     if not root.exists():
         print(f"generating scenes under {root} (once, a minute or two)", flush=True)
-        make_scenes(root, **options)
+        try:
+            make_scenes(root, **options)
+        except UserError:
+            if not root.exists():  # else another program has made them meanwhile
+                raise

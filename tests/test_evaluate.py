@@ -348,6 +348,9 @@ def test_provenance_and_what_was_taught(scenes, tmp_path):
         cv2.imwrite(str(folder / "1.png"), np.ones((8, 8), np.uint8))
     (csv / "phrases.csv").write_text("image,mask,phrase,split\n1.png,1.png,The Café,train\n")
     assert taught(open_dataset(csv, "train")) == {"data": "mine", "generated": False, "words": ["café", "the"]}
+    assert taught(open_dataset(csv, "train"), {"taught": lesson}) == {
+        "data": "mine", "generated": False, "words": sorted({*lesson["words"], "café"})}  # fmt: skip
+    assert taught(train_set, {"taught": lesson}) == lesson and not taught(train_set, {"published": 1})["generated"]
 
 
 def said(dataset) -> list[tuple[str, str]]:

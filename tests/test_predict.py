@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -159,9 +160,11 @@ def test_several_threads(predictor, picture):
     phrases = ["the ship", "a red car on the left", "the airplane"] * 4
     expected = [predictor.predict(picture, phrase)[2] for phrase in phrases]
     predictor.model.train()
+    program = [*warnings.filters], Image.MAX_IMAGE_PIXELS
     with ThreadPoolExecutor(4) as pool:
         found = [*pool.map(lambda phrase: predictor.predict(picture, phrase)[2], phrases)]
     assert all(np.array_equal(a, b) for a, b in zip(found, expected)) and predictor.model.training
+    assert program == ([*warnings.filters], Image.MAX_IMAGE_PIXELS)  # the host's own, whichever thread was the last
     with pytest.raises(RuntimeError), patch.object(type(predictor.model), "forward", side_effect=RuntimeError("memory")):
         predictor.predict(picture, "the ship")
     assert predictor.model.training
@@ -261,9 +264,27 @@ def test_one_image_two_phrases(predictor, picture, run):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert re.search("2 of 2 failed(.*\n.* exists: --overwrite makes){2}", run(*wanted, code=1)[1])
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    (folder / f"{names[0]}-probabilities.tif").touch()  # of the mask that is made anew
     run(*wanted, "--overwrite", "--dtype", "bfloat16")
     assert [line["dtype"] for line in lines(folder)] == ["float32"] * 2 + ["bfloat16"] * 2
     assert len(list(folder.iterdir())) == len(before) == 5
+
+
+def test_a_batch_that_fills_the_card_is_tried_one_by_one_with_the_card_free(predictor, picture, tmp_path, monkeypatch):
+    jobs = find_jobs([picture], ["a", "b", "c"])
+    args = predict.command_line().parse_args(["--image", str(picture), "--phrase", "a", "--out", str(tmp_path / "o")])
+    run, within = predict.PredictionRun(predictor, args, jobs), []
+
+    def rows(look, scenes, phrases, *_):
+        within.append(sys.exc_info()[1])
+        if len(phrases) > 1 or phrases == ["b"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [f"rows of {phrases[0]}"]
+
+    monkeypatch.setattr(predict, "scene_rows", rows)
+    first, failed, last = run.rows([(job, None) for job in jobs])
+    assert (first, last) == ("rows of a", "rows of c") and "memory is full" in str(failed)
+    assert within == [None] * 4 and failed.__context__ is failed.__traceback__ is None  # else they hold what filled the card
 
 
 def test_a_batch_goes_on_and_lists_its_failures(run, picture, monkeypatch):

@@ -133,6 +133,9 @@ def test_what_a_run_that_goes_on_may_change_and_is_told():
     assert news(drifted, resolve("tiny", [], drifted, resume=True), "tiny") == [
         "the run goes on with its own ema, 0.5: in presets.py it is 0.999 now",
         "the run goes on with its own losses.dice, 0.5: in presets.py it is 1.0 now"]
+    around = stored(replace(preset, train_trunk=False, encoder_tag="openai"), recipe)  # as the weights it was given ask for
+    assert news(around, resolve("tiny", [], around, resume=True), "tiny") == [
+        "the run goes on with its own losses.dice, 0.5: in presets.py it is 1.0 now"]
 
 
 def test_fine_tuning_takes_the_recipe_of_the_preset_s_name_and_fixes_the_network():
@@ -163,6 +166,7 @@ def test_fine_tuning_takes_the_recipe_of_the_preset_s_name_and_fixes_the_network
         "schedule=step": "schedule is one of cosine, constant, not step",
         "losses.hinge=1": "the loss needs one or more of the terms cross_entropy, ",
         "losses={}": "the loss needs one or more of the terms",
+        "train_trunk=False": "--sam2 freezes it",
     }.items(),
 )
 def test_a_setting_that_cannot_be_is_one_sentence(setting, sentence):

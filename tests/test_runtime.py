@@ -90,8 +90,7 @@ def test_the_link_never_replaces_a_file(tmp_path, monkeypatch, capsys):
 def test_free_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_folder.free_run("/data/RRSIS-D/", "large") == Path("runs/RRSIS-D-large-1")
-    Path("runs/RRSIS-D-large-1").mkdir(parents=True)
-    assert run_folder.free_run("RRSIS-D", "large") == Path("runs/RRSIS-D-large-2")
+    assert run_folder.free_run("RRSIS-D", "large") == Path("runs/RRSIS-D-large-2")  # the first is taken by now
     for expected in ("a.png", "a-2.png", "a-3.png"):
         assert run_folder.free_path(Path("a.png")) == Path(expected)
         Path(expected).touch()
@@ -244,8 +243,10 @@ def test_the_batch_divides_by_processes_and_parts(monkeypatch):
 
 
 FAIL = """
-import os, signal, sys, time
+import functools, os, signal, sys, time
+from datetime import timedelta
 from pathlib import Path
+import torch.distributed as dist
 from runtime.errors import UserError, exit_on_user_error
 from runtime.processes import gather, process_group, rank, world_size
 from runtime.progress import Progress
@@ -254,11 +255,13 @@ from runtime.signals import StopSignal
 how, stop = sys.argv[1], StopSignal()
 stop.watch()
 stop.farewell = "farewell"
+dist.init_process_group = functools.partial(dist.init_process_group, timeout=timedelta(seconds=2))
 with process_group(), exit_on_user_error("fail.py"), stop.deferred():
     Path(f"pid{rank()}").write_text(str(os.getpid()))
     assert gather(rank()) == [0, 1] and world_size() == 2
     print("printed once")
-    gather(None)
+    time.sleep(4 * rank())
+    gather(None)  # waits for longer than a gradient is waited for
     if how == "terminated":
         if rank():
             os.kill(os.getppid(), signal.SIGTERM)

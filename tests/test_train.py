@@ -329,6 +329,12 @@ def test_a_checkpoint_means_the_same_whatever_becomes_of_presets_py(undisturbed,
     assert (stored_preset(best), stored_recipe(best)) == (preset, recipe) == resolved("--resume", undisturbed)
 
 
+def test_a_set_smaller_than_a_batch_and_a_loss_without_boundary(scenes, tmp_path):
+    run(tmp_path, *new_run(scenes, "losses={'dice': 1.0}"), "--batch-size", 16, "--epochs", 5, ranks=2)
+    lines = log_of(tmp_path / "run")[1:]
+    assert [line["samples"] for line in lines] == [16, 32, 48, 64, 80] and lines[0]["loss"] == lines[0]["dice"]
+
+
 def test_a_compiled_and_edited_run_goes_all_its_ways(scenes, undisturbed, in_process, monkeypatch):
     """Trained, validated, stopped, resumed and scored with compiled blocks, as on a card; and as an ablation does it."""
     models, edited, backward = [], [], train.backward

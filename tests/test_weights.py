@@ -240,6 +240,8 @@ def test_tiny_starts_from_random_weights_or_around_a_sam2_that_stays(sam2_file):
     ("paper", {"encoder_name": "ViT-B-32"}, {}, "--set encoder_name=...: preset paper's BEiT-3 has its own"),
     ("paper", {}, {"from_scratch": True}, "preset paper can't start from scratch"),
     ("paper", {}, {}, "BEiT-3 is not on a hub"),
+    ("tiny", {"reduction": 3}, {}, r"no network has the sizes of this preset \(embed_dim must be divisible by num_heads\)"),
+    ("tiny", {"trunk": {"stages": [1, 1]}}, {}, "no network has the sizes of this preset .*Hiera"),
     ("tiny", {"encoder_size": 60}, {}, "the preset's encoder needs a multiple of its patches of 8"),
     ("tiny", {}, {"encoder_weights": "x"}, "leave out --sam2 and --encoder-weights"),
     ("tiny", {}, {"sam2_file": "gone.pt", "encoder_weights": "x"}, "preset tiny has no encoder weights"),

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+from hydra.errors import InstantiationException
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -63,20 +64,28 @@ def build_model(
     TAG=FILE, or BEiT-3's file with beit3.spm beside it; a position table of another resolution is interpolated.
     """
     sam2, encoder = find_weights(name, preset, from_scratch, sam2_file, encoder_weights)
-    if encoder is None:
-        model = RS2SAM2(replace(preset, train_trunk=sam2 is None))
-    elif preset.encoder == "beit3":
-        model = _with_beit3(preset, encoder)
-    else:
-        # A tag says how its model was trained (activation, normalisation); a file alone is taken for the name's usual way.
-        preset = replace(preset, encoder_tag=tag_and_file(encoder_weights or preset.encoder_tag)[0])
-        with skip_initialisation():
-            clip = open_clip_model(preset.encoder_name, preset.encoder_tag, preset.encoder_size)
-        load_open_clip(clip, preset.encoder_name, encoder)
-        model = RS2SAM2(preset, OpenCLIPEncoder(clip, **preset.encoder_args))
+    try:
+        model = _built(preset, sam2, encoder, encoder_weights)
+    except (AssertionError, ValueError, InstantiationException) as error:  # of four libraries: sizes that don't fit each other
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"no network has the sizes of this preset ({reason}): change what --set gives it") from error
     if sam2 is not None:
         load_sam2(model, sam2)
     return model
+
+
+def _built(preset: Preset, sam2: Path | None, encoder: Path | None, encoder_weights) -> RS2SAM2:
+    """The model of a preset around the union encoder of a file; with random weights where there is none."""
+    if encoder is None:
+        return RS2SAM2(replace(preset, train_trunk=sam2 is None))
+    if preset.encoder == "beit3":
+        return _with_beit3(preset, encoder)
+    # A tag says how its model was trained (activation, normalisation); a file alone is taken for the name's usual way.
+    preset = replace(preset, encoder_tag=tag_and_file(encoder_weights or preset.encoder_tag)[0])
+    with skip_initialisation():
+        clip = open_clip_model(preset.encoder_name, preset.encoder_tag, preset.encoder_size)
+    load_open_clip(clip, preset.encoder_name, encoder)
+    return RS2SAM2(preset, OpenCLIPEncoder(clip, **preset.encoder_args))
 
 
 def _with_beit3(preset: Preset, file: Path) -> RS2SAM2:

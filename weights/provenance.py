@@ -51,12 +51,15 @@ def linked(path: str | Path) -> Path:
     return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
 
 
-def taught(dataset) -> dict:
+def taught(dataset, checkpoint: dict | None = None) -> dict:
     """{"data", "generated", "words"} of a training set: its name, whether its scenes are generated, and every word of its
-    phrases, sorted."""
+    phrases, sorted. What is fine-tuned from a checkpoint has been taught that one's words as well."""
     # Only generated scenes say the kinds of their phrases in REFER's layout.
     generated = bool(dataset.samples[0].kinds[0]) and not (dataset.root / "phrases.csv").exists()
     vocabulary = {word for sample in dataset.samples for phrase in sample.phrases for word in words(phrase)}
+    if checkpoint:
+        before = checkpoint.get("taught") or {}  # published weights don't say
+        generated, vocabulary = generated and before.get("generated", False), vocabulary.union(before.get("words", ()))
     return {"data": dataset.name, "generated": generated, "words": sorted(vocabulary)}
 
 

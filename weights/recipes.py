@@ -1,10 +1,9 @@
 """The preset and the recipe of a run: those of a name in presets.py or of a checkpoint, changed by --set."""
 
-from argparse import Namespace
-
-from model import RS2SAM2, count_parameters
+from model import count_parameters
 from presets import PRESETS, RECIPES, Preset, Recipe, differences, find_preset, in_words, with_settings
 from runtime.errors import UserError
+from runtime.processes import world_size
 from weights.checkpoints import stored_preset, stored_recipe
 from weights.provenance import weights_line
 from weights.saved import without_infinity
@@ -34,17 +33,24 @@ def news(checkpoint: dict, new: tuple[Preset, Recipe], model: str) -> list[str]:
     lines = [f"from here on {name} is {now!r}, it was {was!r}" for name, (was, now) in differences(old, new).items()]
     known = PRESETS.get(model, old[0]) if not checkpoint["args"].get("init") else old[0]
     today = with_settings(known, RECIPES.get(model, Recipe()), checkpoint["args"].get("set") or [])
-    changed = {name: pair for name, pair in differences(today, old).items() if name not in FREE}
+    built = ("encoder_tag", "train_trunk", *["encoder_args"] * (old[0].encoder == "beit3"))  # by `build_model`, of the weights
+    changed = {name: pair for name, pair in differences(today, old).items() if name.partition(".")[0] not in (*FREE, *built)}
     return lines + [f"the run goes on with its own {name}, {own!r}: in presets.py it is {there!r} now"
                     for name, (there, own) in changed.items()]  # fmt: skip
 
 
-def opening(args: Namespace, model: RS2SAM2, checkpoint: dict | None, new: tuple[Preset, Recipe]) -> str:
-    """The lines that a run begins with: all its numbers, the weights that --init names, what is new with --resume."""
-    lines = ["parameters: " + ", ".join(f"{n:,} {kind}" for kind, n in count_parameters(model).items())]
-    lines += [in_words("preset", new[0]), in_words("recipe", new[1])]
+def opening(run, checkpoint: dict | None) -> str:
+    """The lines that a run, of train.py, begins with: all its numbers, the weights that --init names, what is new with
+    --resume."""
+    args, model = run.args, run.model
+    variant = args.model + (f" without {', '.join(run.left_out)}" if run.left_out else "")
+    where = f"{world_size()} x {run.device.type}" if world_size() > 1 else run.device
+    counts = f"{len(run.train_set):,} training targets, {len(run.val_set):,} validation phrases"
+    lines = [f"{variant} on {args.data} ({counts}), {where}, run {args.out}"]
+    lines.append("parameters: " + ", ".join(f"{n:,} {kind}" for kind, n in count_parameters(model).items()))
+    lines += [in_words("preset", model.preset), in_words("recipe", run.recipe)]
     if args.resume:
-        lines += news(checkpoint, new, args.model)
+        lines += news(checkpoint, (model.preset, run.recipe), args.model)
     elif args.init:
         lines.append(weights_line(args.init, checkpoint))
     return "\n".join(lines)
