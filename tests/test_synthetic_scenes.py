@@ -202,6 +202,16 @@ def test_existing_root_is_refused_and_failure_leaves_nothing(written, tmp_path, 
         scenes.make_scenes(tmp_path / "e", 1, 0, 0, progress=False)
     assert caught.value.exit_code == 1 and list(tmp_path.iterdir()) == []
 
+    monkeypatch.undo()
+    draw = scenes.scene
+
+    def made_meanwhile(*args):
+        (tmp_path / "f" / "rrsisd").mkdir(parents=True)  # by a training that was started together with this one
+        return draw(*args)
+
+    monkeypatch.setattr(scenes, "scene", made_meanwhile)
+    scenes.ensure_scenes(tmp_path / "f", train=1, val=0, test=0)
+
 
 def test_held_out_pairs_are_never_said_in_training(tmp_path):
     root, said = scenes.make_scenes(tmp_path / "held", 30, 10, 0, seed=2, progress=False, hold_out=True), {}
