@@ -61,6 +61,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.optim import Muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -73,7 +74,6 @@ from runtime import devices
 from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
-from runtime.muon import Muon
 from runtime.processes import gather, launch, launched, process_group, processes_for, rank, rank_0_first, world_size
 from runtime.progress import Progress
 from runtime.run_folder import RunFolder, free_run, revision
@@ -126,10 +126,10 @@ def parameter_groups(model: RS2SAM2, recipe: Recipe) -> list[dict]:
 
 
 def optimizers_for(model: RS2SAM2, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW, and with Muon a second one for the matrices."""
+    """AdamW, and with Muon a second one for the matrices; a fifth step of Newton and Schulz is not worth its time on a CPU."""
     groups = parameter_groups(model, recipe)
     adamw = torch.optim.AdamW(groups[:2], betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-    return [adamw, Muon(groups[2:], recipe.weight_decay)] if recipe.muon else [adamw]
+    return [adamw, Muon(groups[2:], weight_decay=recipe.weight_decay, nesterov=True, ns_steps=4)] if recipe.muon else [adamw]
 
 
 def on_device(model: RS2SAM2, device: torch.device) -> RS2SAM2:
