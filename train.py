@@ -61,7 +61,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.optim import Muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -69,11 +68,12 @@ from data import Collate, TrainingOrder, open_dataset
 from evaluate import best_median_worst, print_results, results_by_group, score, write_panels
 from losses import total_loss
 from model import RS2SAM2, compile_blocks
-from presets import Preset, Recipe, learning_rate
+from presets import Preset, Recipe, learning_rate, side_share
 from runtime import devices
 from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
+from runtime.muon import Muon
 from runtime.processes import gather, launch, launched, process_group, processes_for, rank, rank_0_first, world_size
 from runtime.progress import Progress
 from runtime.run_folder import RunFolder, free_run, revision
@@ -126,10 +126,10 @@ def parameter_groups(model: RS2SAM2, recipe: Recipe) -> list[dict]:
 
 
 def optimizers_for(model: RS2SAM2, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW, and with Muon a second one for the matrices; a fifth step of Newton and Schulz is not worth its time on a CPU."""
+    """AdamW, and with Muon a second one for the matrices."""
     groups = parameter_groups(model, recipe)
     adamw = torch.optim.AdamW(groups[:2], betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-    return [adamw, Muon(groups[2:], weight_decay=recipe.weight_decay, nesterov=True, ns_steps=4)] if recipe.muon else [adamw]
+    return [adamw, Muon(groups[2:], recipe.weight_decay)] if recipe.muon else [adamw]
 
 
 def on_device(model: RS2SAM2, device: torch.device) -> RS2SAM2:
@@ -146,8 +146,7 @@ class Run:
     def __init__(self, args, recipe: Recipe, model: RS2SAM2, device, train_set, val_set, left_out=()):
         self.args, self.recipe, self.device, self.left_out, self.init = args, recipe, device, list(left_out), None
         self.train_set, self.val_set, self.folder = train_set, val_set, RunFolder(args.out)
-        for dataset in (train_set, val_set):
-            dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
+        val_set.image_size, val_set.encoder_size = model.sides()
         model.text_weight.requires_grad_(any("boundary" in term for term in recipe.losses))  # else it has no gradient
         self.model = self.synced = on_device(model, device)
         self.model.image_encoder.checkpoint_activations = args.checkpoint_activations
@@ -226,6 +225,7 @@ def train_epoch(run: Run, stop: StopSignal) -> dict[str, float]:
     second, share of the time spent waiting for data. The last batch is a whole one and may reach into the next epoch."""
     batch_size, end = run.recipe.batch_size, (run.epoch + 1) * run.epoch_samples
     order = TrainingOrder(len(run.train_set), run.args.seed, run.samples, end, batch_size, rank(), world_size())
+    run.train_set.image_size, run.train_set.encoder_size = run.model.sides(side_share(run.recipe, run.epoch, run.epochs))
     loader = DataLoader(
         run.train_set, batch_sampler=order, num_workers=run.workers, worker_init_fn=ignore_signals,
         collate_fn=Collate(run.model.union_encoder.tokenizer), pin_memory=run.device.type == "cuda",

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import cv2
 import pytest
+import timm.optim
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_flatten
 
@@ -30,7 +32,7 @@ from data import TrainingOrder, open_dataset
 from experiments import curves
 from model import RS2SAM2, compile_blocks
 from presets import PRESETS, RECIPES, Preset, Recipe
-from runtime import processes
+from runtime import muon, processes
 from runtime.errors import UserError
 from synthetic_scenes.scenes import make_scenes
 from weights import hub
@@ -224,10 +226,36 @@ def test_parameter_groups_are_disjoint_and_complete(train_trunk, muon):
         optimizer.step()  # takes the groups as they are
 
 
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_muon_is_timm_s(bfloat16, monkeypatch):
+    monkeypatch.setattr(muon, "cpu_has_bfloat16", lambda: bfloat16)
+    torch.manual_seed(0)
+    first = [torch.randn(shape) for shape in [(16, 32), (32, 16), (16, 32), (8, 8), (16, 32), (48, 16)]]
+    ours, theirs = ([nn.Parameter(p.clone()) for p in first] for _ in range(2))
+    ours_in, theirs_in = ([{"params": ps[:4], "lr": 0.02}, {"params": ps[4:], "lr": 0.01}] for ps in (ours, theirs))
+    optimizer, expected = muon.Muon(ours_in, 0.1), timm.optim.Muon(theirs_in, weight_decay=0.1, nesterov=True, ns_steps=4)
+    for step in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = q.grad = torch.randn(p.shape) if p is not ours[3] or step else None  # not part of the first step
+        optimizer.step()
+        expected.step()
+    for p, q, start in zip(ours, theirs, first):
+        assert (p - q).norm() < 0.03 * (q - start).norm()  # timm's products are in bfloat16
+    mine, theirs = ({k: v["momentum_buffer"] for k, v in o.state_dict()["state"].items()} for o in (optimizer, expected))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)  # either's run can be resumed
+
+
 def test_learning_rates():
     cosine, constant = Recipe(schedule="cosine"), Recipe(schedule="constant")
     assert [train.learning_rate(cosine, p, 0) for p in (0, 0.025, 0.05, 0.525, 1)] == pytest.approx([1e-3, 0.5, 1, 0.5, 1e-3])
     assert [train.learning_rate(constant, 0.5, epoch) for epoch in (0, 49, 50, 59)] == [1, 1, 0.1, 0.1]
+
+
+def test_small_images_come_first():
+    four = Recipe(sides=(0.25, 0.5, 0.75, 1.0))
+    for epochs, shares in ((8, [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1]), (4, [0.25, 0.5, 0.75, 1]), (3, [0.5, 0.75, 1]), (1, [1])):
+        assert [train.side_share(four, epoch, epochs) for epoch in range(epochs)] == shares
+    assert {train.side_share(Recipe(), epoch, 7) for epoch in range(7)} == {1.0}
 
 
 def resolved(*arguments) -> tuple[Preset, Recipe]:
@@ -251,6 +279,7 @@ def test_overflow_is_the_scaler_s_business(scenes):
     preset, recipe = train.resolve(args.model, args.set)
     model, *sets = train.prepare(args, preset, recipe, None, None)
     run = train.Run(args, recipe, model, torch.device("cpu"), *sets)
+    run.train_set.image_size, run.train_set.encoder_size = model.sides()
     loader = torch.utils.data.DataLoader(run.train_set, 4, collate_fn=train.Collate(model.union_encoder.tokenizer))
     batch, stop = next(iter(loader)), Namespace(number=0)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
