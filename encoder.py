@@ -16,7 +16,6 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fusion import CrossAttention
@@ -102,14 +101,12 @@ class OpenCLIPEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) -> class token and patch tokens of the vision tower (B, 1 + P, W_vision). Its forward pass restated: S need
-        not be the tower's own, the table of positions is interpolated."""
-        tower = self.visual
-        x = tower.conv1(image)  # (B, Wv, g, g)
-        positions = resample_abs_pos_embed(tower.positional_embedding[None], x.shape[-2:])  # (1, 1+P, Wv)
-        cls = tower.class_embedding.expand(len(x), 1, -1)  # (B, 1, Wv)
-        x = torch.cat([cls.to(x.dtype), x.flatten(2).transpose(1, 2)], dim=1) + positions.to(x.dtype)  # (B, 1+P, Wv)
-        return tower.ln_post(tower.transformer(tower.ln_pre(x)))  # (B, 1+P, Wv)
+        """(B, 3, S, S) -> class token and patch tokens of the vision tower (B, 1 + P, W_vision)."""
+        out = self.visual.forward_intermediates(
+            image, indices=1, output_fmt="NLC", output_extra_tokens=True,
+            normalize_intermediates=True, intermediates_only=True,
+        )  # fmt: skip
+        return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)  # (B, 1+P, Wv)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """(B, L) -> all tokens of the text tower (B, L, W_text)."""

@@ -159,12 +159,6 @@ class RS2SAM2(nn.Module):
                     if not p.requires_grad:
                         p.data = p.data.to(dtype)
 
-    def sides(self, share: float = 1.0) -> tuple[int, int]:
-        """S and E, or a share of them in whole windows of 32 pixels and whole patches: forward takes such images too."""
-        encoder, windows = self.union_encoder, self.preset.image_size // 32
-        patch = encoder.image_size // encoder.grid
-        return 32 * max(1, round(share * windows)), patch * max(1, round(share * encoder.grid))
-
     def normalise(self, image: Tensor, encoder_image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 images (B, 3, S, S) and (B, 3, E, E), as the loader gives them, to what forward takes."""
         mean, std = self.image_norm
@@ -192,7 +186,7 @@ class RS2SAM2(nn.Module):
 
         The arguments are those of `forward` under the same names."""
         with torch.autocast(embedding.device.type, enabled=False):  # angles up to 2 pi * 4 need float32
-            dense_pe = self.prompt_encoder.pe_layer(embedding.shape[-2:])[None]  # (1, C, s, s)
+            dense_pe = self.prompt_encoder.get_dense_pe()  # (1, C, s, s)
         embedding = embedding + self.no_mem_embed.view(1, -1, 1, 1)  # (B, C, s, s)
         embedding = self.decoder_fusion(embedding, dense_pe, T, text_mask)  # (B, C, s, s)
         mask = self.dense_prompt(pseudo_mask, 4 * embedding.shape[-1])  # (B, 1, 4s, 4s)

@@ -51,7 +51,6 @@ class Recipe:
     epoch_range: tuple[int, float] = (1, math.inf)  # samples: several passes over a small set, a part of a large one
     samples: int = 0  # a budget in samples that replaces `epochs`: the same whatever the data set's size; 0: none
     batch_size: int = 8  # of an optimiser step, over all cards
-    sides: tuple[float, ...] = (1.0,)  # of training's images in equal parts of the run, as shares of the preset's: small ones first
     lr: float = 1e-4  # of the fusion modules
     foundation_rate: float = 0.5  # share of lr for everything else that is trained
     betas: tuple[float, float] = (0.9, 0.999)
@@ -72,11 +71,6 @@ def learning_rate(recipe: Recipe, progress: float, epoch: int) -> float:
     if recipe.schedule == "constant":
         return 1.0 if epoch < 50 else 0.1
     return max(1e-3, min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95))))
-
-
-def side_share(recipe: Recipe, epoch: int, epochs: int) -> float:
-    """The side of training's images in an epoch, from 0, as a share of the preset's: that of the part in which it ends."""
-    return recipe.sides[math.ceil((epoch + 1) * len(recipe.sides) / epochs) - 1]
 
 
 TINY_CLIP = {
@@ -133,7 +127,7 @@ PRESETS = {
 RECIPES = dict.fromkeys(PRESETS, Recipe()) | {
     "tiny": Recipe(
         samples=24_000, epoch_range=(280, 4000), cpu_processes=4, lr=1.4e-3, foundation_rate=1.0, betas=(0.9, 0.98),
-        weight_decay=0.02, muon=2.0, augment=None,
+        weight_decay=0.02, muon=2.0, ema=0.995, augment=None,
         # The boundary loss's coefficient was measured: at the paper's 0.2 the term is worth less than another seed.
         losses={"cross_entropy": 1.0, "dice": 1.0, "boundary": 1.0, "pseudo_mask": 5.0},
     ),
@@ -185,10 +179,6 @@ def _check(preset: Preset, recipe: Recipe, setting: str) -> None:
     for name in ("epochs", "batch_size", "lr", "cpu_processes", "reduction"):
         if not 0 < values[name] < math.inf:
             raise UserError(f"--set {setting}: {name} must be a number above 0, {values[name]} is not")
-    if not recipe.sides or not all(0.25 <= share <= 1 for share in recipe.sides):
-        raise UserError(f"--set {setting}: sides holds shares of an image's side from 0.25 to 1, as (0.5, 1.0)")
-    if preset.encoder == "beit3" and set(recipe.sides) != {1.0}:
-        raise UserError(f"--set {setting}: BEiT-3 takes images of one size alone: leave sides at (1.0,)")
     if not recipe.losses or recipe.losses.keys() - TERMS.keys():
         raise UserError(f"--set {setting}: the loss needs one or more of the terms {', '.join(TERMS)}, and no other")
 

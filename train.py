@@ -68,7 +68,7 @@ from data import Collate, TrainingOrder, open_dataset
 from evaluate import best_median_worst, print_results, results_by_group, score, write_panels
 from losses import total_loss
 from model import RS2SAM2, compile_blocks
-from presets import Preset, Recipe, learning_rate, side_share
+from presets import Preset, Recipe, learning_rate
 from runtime import devices
 from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
@@ -146,12 +146,13 @@ class Run:
     def __init__(self, args, recipe: Recipe, model: RS2SAM2, device, train_set, val_set, left_out=()):
         self.args, self.recipe, self.device, self.left_out, self.init = args, recipe, device, list(left_out), None
         self.train_set, self.val_set, self.folder = train_set, val_set, RunFolder(args.out)
-        val_set.image_size, val_set.encoder_size = model.sides()
+        for dataset in (train_set, val_set):
+            dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
         model.text_weight.requires_grad_(any("boundary" in term for term in recipe.losses))  # else it has no gradient
         self.model = self.synced = on_device(model, device)
         self.model.image_encoder.checkpoint_activations = args.checkpoint_activations
-        if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
-            self.synced = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)  # no gradient twice
+        if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it; buffers are constants
+            self.synced = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True, broadcast_buffers=False)
         self.optimizers = optimizers_for(model, recipe)
         self.trained = [p for group in self.groups() for p in group["params"]]
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
@@ -225,7 +226,6 @@ def train_epoch(run: Run, stop: StopSignal) -> dict[str, float]:
     second, share of the time spent waiting for data. The last batch is a whole one and may reach into the next epoch."""
     batch_size, end = run.recipe.batch_size, (run.epoch + 1) * run.epoch_samples
     order = TrainingOrder(len(run.train_set), run.args.seed, run.samples, end, batch_size, rank(), world_size())
-    run.train_set.image_size, run.train_set.encoder_size = run.model.sides(side_share(run.recipe, run.epoch, run.epochs))
     loader = DataLoader(
         run.train_set, batch_sampler=order, num_workers=run.workers, worker_init_fn=ignore_signals,
         collate_fn=Collate(run.model.union_encoder.tokenizer), pin_memory=run.device.type == "cuda",

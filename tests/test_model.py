@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import losses
 from fusion import PUBLISHED
@@ -129,23 +128,6 @@ def test_no_video_memory_is_built():
 def test_image_size_is_checked(size):
     with pytest.raises(UserError, match=f"image size {size}.* multiple of 32, up to 4096"):
         RS2SAM2(replace(small_preset("open_clip"), image_size=size))
-
-
-def test_smaller_images_give_what_a_model_of_their_size_gives():
-    """The model of the smaller size has the same weights; its table of positions is the larger one's, interpolated here."""
-    model = random_model("open_clip").eval()
-    assert model.sides() == (64, 128) and model.sides(0.5) == (32, 64) and model.sides(0.75) == (64, 96)  # whole windows, patches
-    small = RS2SAM2(replace(model.preset, image_size=32, encoder_size=64)).eval()
-    assert small.sides() == (32, 64)
-    state, name = model.state_dict(), "union_encoder.visual.positional_embedding"
-    grid = state[name][1:].T.reshape(1, -1, 16, 16)
-    grid = F.interpolate(grid, (8, 8), mode="bicubic", antialias=True, align_corners=False)
-    small.load_state_dict(state | {name: torch.cat([state[name][:1], grid.flatten(2)[0].T])})
-    with torch.no_grad():
-        batch = random_batch(small, [2, 30, 11, 5])
-        for ours, expected in zip(model(*batch), small(*batch)):
-            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-            assert ours.shape == expected.shape
 
 
 def test_normalise_takes_the_encoders_own_statistics():

@@ -131,7 +131,7 @@ def test_what_a_run_that_goes_on_may_change_and_is_told():
             resolve("tiny", ["lr=1", setting], checkpoint, resume=True)
     drifted = stored(preset, replace(recipe, ema=0.5))  # presets.py, and what it says of Dice, has changed since
     assert news(drifted, resolve("tiny", [], drifted, resume=True), "tiny") == [
-        "the run goes on with its own ema, 0.5: in presets.py it is 0.999 now",
+        "the run goes on with its own ema, 0.5: in presets.py it is 0.995 now",
         "the run goes on with its own losses.dice, 0.5: in presets.py it is 1.0 now"]
     around = stored(replace(preset, train_trunk=False, encoder_tag="openai"), recipe)  # as the weights it was given ask for
     assert news(around, resolve("tiny", [], around, resume=True), "tiny") == [
