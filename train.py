@@ -151,8 +151,8 @@ class Run:
         model.text_weight.requires_grad_(any("boundary" in term for term in recipe.losses))  # else it has no gradient
         self.model = self.synced = on_device(model, device)
         self.model.image_encoder.checkpoint_activations = args.checkpoint_activations
-        if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it; buffers are constants
-            self.synced = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
+            self.synced = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)  # no gradient twice
         self.optimizers = optimizers_for(model, recipe)
         self.trained = [p for group in self.groups() for p in group["params"]]
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
