@@ -54,7 +54,7 @@ from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, compute_dtype
 from runtime.errors import UserError, exit_on_user_error
 
-# The default run on two CPU cores, seed 0 (docs/training.md); seeds differ by about one point.
+# The default run on two CPU cores, seed 0 (docs/training.md); seeds differ by one to two points.
 CPU_SCORES = {"mIoU": 74.05, "oIoU": 72.77}
 
 
