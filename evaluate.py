@@ -62,18 +62,12 @@ from data import Collate, ReferringDataset, open_dataset
 from imagery.pictures import captioned, fitted, grid, lit, outlined
 from imagery.results import probabilities
 from model import count_parameters
-from runtime.devices import (
-    autocast,
-    card_failures,
-    choose_threads,
-    chosen_dtype,
-    default_workers,
-    pick_device,
-    to_device,
-)
+from runtime import devices
+from runtime.devices import autocast, chosen_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
 from runtime.processes import gather, process_group, rank, rank_0_first, world_size
 from runtime.progress import Progress
+from runtime.recording import Recorded
 from runtime.run_folder import free_path, write_whole
 from runtime.signals import ignore_signals
 from weights.checkpoints import load_checkpoint
@@ -165,7 +159,8 @@ def logits_at(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def scored_row(item: dict, prediction: np.ndarray, target: torch.Tensor, protocol: str) -> dict:
-    """The row of a sample: what it is, and how its prediction, bool (H, W), meets its target, uint8 (H, W)."""
+    """The row of a sample: what it is, the share of the image that is target, and how its prediction, bool (H, W), meets its
+    target, uint8 (H, W)."""
     truth = target.cpu().numpy()
     intersection, union = iou_counts(prediction, truth)
     share = float(target.float().mean())
@@ -176,9 +171,8 @@ def scored_row(item: dict, prediction: np.ndarray, target: torch.Tensor, protoco
 
 @torch.inference_mode()
 def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scoring", masks=False, dtype=None) -> list[dict]:
-    """Run the model over a data set -> one row a sample: id, file, phrase, kind, category, intersection, union, iou,
-    boundary_iou, and of the true mask its share of the image and the name of its size; with `masks` also the predicted one at
-    the size the true one is stored at, "segmentation", as an RLE, and its "confidence", the mean probability inside it.
+    """Run the model over a data set -> the `scored_row` of each sample; with `masks` also the predicted one at the size the
+    true one is stored at, "segmentation", as an RLE, and its "confidence", the mean probability inside it.
 
     The model is put into evaluation mode and back. dtype: as `autocast` takes it; protocol paper computes in float32.
     Several processes take whole batches in turn, the same ones whatever their number, and each returns all rows.
@@ -190,21 +184,26 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
     )  # fmt: skip
     rows, was_training = {}, model.training
+
+    def logits(image, encoder_image, ids, lengths) -> dict:
+        with autocast(device, dtype if protocol == "ours" else torch.float32):
+            return {"logits": model(*model.normalise(image, encoder_image), ids, lengths).logits}
+
+    forward = Recorded(logits, enabled=device.type == "cuda")
     model.eval()
     for indices, batch in zip(batches, Progress(loader, title, leave=False, disable=rank() > 0)):
         batch = to_device(batch, device)
-        images = model.normalise(batch["image"], batch["encoder_image"])
-        with autocast(device, dtype if protocol == "ours" else torch.float32):
-            output = model(*images, batch["ids"], batch["lengths"])
-        for i, logits in enumerate(output.logits.float().split(1)):
+        found = forward(*(batch[key] for key in ("image", "encoder_image", "ids", "lengths")))["logits"]
+        for i, mask in enumerate(found.float().split(1)):
             item = {key: values[i] for key, values in batch.items()}
             target = item["mask"] if protocol == "ours" else item["target"]
-            whole = logits_at(logits, target.shape)
+            whole = logits_at(mask, target.shape)
             row = rows[indices[i]] = scored_row(item, whole > 0, target, protocol)
             if masks:
-                whole = whole if target is item["mask"] else logits_at(logits, item["mask"].shape)
+                whole = whole if target is item["mask"] else logits_at(mask, item["mask"].shape)
                 inside = probabilities(whole[whole > 0])
                 row |= {"segmentation": encode(whole > 0), "confidence": float(inside.mean()) if inside.size else 0.0}
+    forward.forget()
     model.train(was_training)
     rows = {index: row for part in gather(rows) for index, row in part.items()}
     return [rows[index] for index in range(size)]
@@ -296,9 +295,9 @@ def print_results(result: dict) -> None:
 
 def main() -> None:
     args = command_line().parse_args()
-    choose_threads()
+    devices.choose_threads()
     way_out = "let other programs leave it, or compute on the CPU by CUDA_VISIBLE_DEVICES= in the environment"
-    with process_group(), exit_on_user_error("evaluate.py"), card_failures(way_out):
+    with process_group(), exit_on_user_error("evaluate.py"), devices.card_failures(way_out):
         for path in filter(None, (args.json, args.predictions)):
             if path.exists() or not path.parent.is_dir():
                 raise UserError(f"{path} exists or has no folder: name another file, nothing is overwritten")

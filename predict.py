@@ -98,7 +98,7 @@ class RS2SAM2Predictor:
     def __init__(self, model: RS2SAM2, dtype: torch.dtype | None = None, facts: dict | None = None):
         """model: on the device to predict on. dtype: to compute in, see `dtype`. facts: what its checkpoint says of it."""
         self.model, self._dtype, self.facts = model, dtype, facts or {}
-        self._turn = threading.Lock()
+        self._turn, self._said = threading.Lock(), set()
 
     @classmethod
     def from_pretrained(
@@ -171,8 +171,9 @@ class RS2SAM2Predictor:
                 mask, score, logits = mask_score_logits(scene, strips, threshold, min_area)
                 notes += [] if mask.any() else [coarseness_note(scene, tile, tiling, self.model.preset.image_size)]
                 results.append((mask, score, probability(logits).astype(np.float32) if probabilities else logits))
-        for note in dict.fromkeys(filter(None, notes)):
-            warnings.warn(note, stacklevel=2)  # which Python shows once
+        for note in dict.fromkeys(note for note in notes if note and note not in self._said):
+            self._said.add(note)
+            warnings.warn(note, stacklevel=2)
         return results[0] if single else tuple(map(list, zip(*results))) or ([], [], [])
 
     def look(self, images: list[np.ndarray], phrases: list[str]) -> torch.Tensor:

@@ -16,6 +16,7 @@ import contextlib
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from runtime.arguments import answer_early, at_least, parse_again
@@ -67,15 +68,16 @@ from torch.utils.data import DataLoader
 from data import Collate, TrainingOrder, open_dataset
 from evaluate import best_median_worst, print_results, results_by_group, score, write_panels
 from losses import total_loss
-from model import RS2SAM2, compile_blocks
+from model import RS2SAM2, compile_blocks, count_parameters
 from presets import Preset, Recipe, learning_rate
 from runtime import devices
 from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
-from runtime.muon import Muon
+from runtime.optimizers import optimizers_for, parameter_groups
 from runtime.processes import gather, launch, launched, process_group, processes_for, rank, rank_0_first, world_size
 from runtime.progress import Progress
+from runtime.recording import Recorded
 from runtime.run_folder import RunFolder, free_run, revision
 from runtime.signals import StopSignal, ignore_signals
 from synthetic_scenes.scenes import ensure_scenes
@@ -107,36 +109,14 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     return args, checkpoint
 
 
-def parameter_groups(model: RS2SAM2, recipe: Recipe) -> list[dict]:
-    """The optimiser's groups: the paper's fusion modules at lr, everything else that is trained at its share of it. With Muon
-    the matrices of both (weights of linear layers and attention) follow in groups of their own, at `muon` times the rates."""
-    trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    fusion = {id(p): p for m in model.fusion_modules() for p in m.parameters() if p.requires_grad}
-    foundation = {i: p for i, p in trained.items() if i not in fusion}
-    assert fusion.keys() <= trained.keys() and len(fusion) + len(foundation) == len(trained)
-    found = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    found += [m.in_proj_weight for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    matrices = {id(p) for p in found if recipe.muon and min(p.shape) > 1}
-    groups = []
-    for muon, times in ((False, 1.0), (True, recipe.muon))[: 1 + bool(recipe.muon)]:
-        for part, lr in ((fusion, recipe.lr * times), (foundation, recipe.lr * recipe.foundation_rate * times)):
-            params = [p for i, p in part.items() if (i in matrices) == muon]
-            groups.append({"params": params, "lr": lr, "peak": lr, "use_muon": muon})
-    return groups
-
-
-def optimizers_for(model: RS2SAM2, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW, and with Muon a second one for the matrices."""
-    groups = parameter_groups(model, recipe)
-    adamw = torch.optim.AdamW(groups[:2], betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-    return [adamw, Muon(groups[2:], recipe.weight_decay)] if recipe.muon else [adamw]
-
-
 def on_device(model: RS2SAM2, device: torch.device) -> RS2SAM2:
-    """The model moved there; on a card its frozen weights are cast and its blocks compiled."""
+    """The model moved there; on a card its frozen weights are cast and a LARGE one's blocks compiled: `tiny` is trained in less
+    time than that takes."""
     if device.type == "cuda":
+        devices.choose_attention(training=True)
         model.to(device).cast_frozen(compute_dtype())
-        devices.compile_here(compile_blocks, model)
+        if count_parameters(model)["total"] > devices.LARGE:
+            devices.compile_here(compile_blocks, model)
     return model.to(device)
 
 
@@ -157,6 +137,7 @@ class Run:
         self.trained = [p for group in self.groups() for p in group["params"]]
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.compute = Recorded(partial(compute, self), enabled=device.type == "cuda" and world_size() == 1)
         self.average = AveragedWeights(model, recipe.ema)
         self.samples, self.epoch, self.best, self.best_rows, self.log = 0, 0, -1.0, [], []  # epoch: how many are complete
         self.running, self.revision = {}, revision()  # running: sums over the epoch under way
@@ -249,6 +230,7 @@ def train_epoch(run: Run, stop: StopSignal) -> dict[str, float]:
             if stopping:
                 stop.number = max(gather(stop.number))  # rank 0 has written last.pt
                 stop.exit()
+    run.compute.forget()  # validation needs the room, and exchanges weights
     waited = max(gather(total["waited"]))  # all wait for the slowest
     rates = {"images/s": total["samples"] / total["seconds"], "data_wait": waited / total["seconds"]}
     return {k: v / total["steps"] for k, v in total["terms"].items()} | rates
@@ -273,13 +255,14 @@ def train_step(run: Run, batch: dict, stop: StopSignal) -> tuple[dict[str, float
     values = torch.stack([*sums.values(), norm, torch.full_like(norm, stop.number)]) / world_size()
     if world_size() > 1:
         dist.all_reduce(values)  # all processes see the same, so they stop together
-    *values, norm, asked = values.tolist()  # the step's one wait for the device
-    check_finite(run, values[0], norm, batch["id"])
+    minded = run.scaler.is_enabled() and run.scaler.get_scale() >= 1  # float16's infinite gradients, by a lower scale
     for optimizer in run.optimizers:
         run.scaler.step(optimizer)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not run.compute.enabled)
     run.scaler.update()
     run.average.update()
+    *values, norm, asked = values.tolist()  # the step's one wait for the device, which has all of the step to do by now
+    check_finite(run, values[0], 0.0 if minded else norm, batch["id"])
     run.samples += run.recipe.batch_size
     return dict(zip(sums, values)), bool(asked)
 
@@ -289,17 +272,21 @@ def backward(run: Run, part: dict, last: bool) -> dict[str, Tensor]:
     processes with the last part."""
     alone = world_size() > 1 and not last
     with run.synced.no_sync() if alone else contextlib.nullcontext():
-        images = run.model.normalise(part["image"], part["encoder_image"])
-        with autocast(run.device):
-            output = run.synced(*images, part["ids"], part["lengths"])
-        terms = total_loss(output, part["target"], run.recipe.losses)
-        run.scaler.scale(terms["loss"] / run.args.accumulate).backward()
+        return run.compute(*(part[key] for key in ("image", "encoder_image", "ids", "lengths", "target")))
+
+
+def compute(run: Run, image: Tensor, encoder_image: Tensor, ids: Tensor, lengths: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """`backward` of a part's tensors; on a card alone it is recorded and replayed."""
+    with autocast(run.device):
+        output = run.synced(*run.model.normalise(image, encoder_image), ids, lengths)
+    terms = total_loss(output, target, run.recipe.losses)
+    run.scaler.scale(terms["loss"] / run.args.accumulate).backward()
     return {key: term.detach() / run.args.accumulate for key, term in terms.items()}
 
 
 def check_finite(run: Run, loss: float, norm: float, ids: list[str]) -> None:
-    """Stop before weights are spoilt. The scaler minds float16's infinite gradients, down to a scale of 1."""
-    if math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled() and run.scaler.get_scale() >= 1):
+    """Stop before spoilt weights are saved."""
+    if math.isfinite(loss) and math.isfinite(norm):
         return
     ids = dict.fromkeys(i for part in gather(ids) for i in part)
     with rank_0_first():  # whose end is the end of all

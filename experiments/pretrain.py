@@ -55,10 +55,11 @@ from presets import PRESETS, RECIPES
 from runtime.averaging import AveragedWeights
 from runtime.devices import default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
+from runtime.optimizers import optimizers_for
 from runtime.progress import Progress
 from runtime.run_folder import write_checkpoint
 from synthetic_scenes.scenes import ensure_scenes
-from train import learning_rate, optimizers_for
+from train import learning_rate
 from weights.names import our_name
 
 MIN_SHARE = 0.003  # of the image, for an object of --instances to be pointed at

@@ -30,10 +30,9 @@ from runtime.arguments import DTYPES, answer_early, at_least
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
 TASKS = ("train", "loader", "forward", "evaluate")  # in this order
-# Graphs by block, with the options of torch.compile: as train.py does it; small kernels put together; each a CUDA graph.
-BY_BLOCK: dict[str, dict] = {
-    "blocks": {}, "blocks-combined": {"options": {"combo_kernels": True}}, "blocks-graphed": {"mode": "reduce-overhead"},
-}  # fmt: skip
+# Graphs by block, with the options of torch.compile: alone; and small kernels put together. As train.py does it: by block, and
+# each pass recorded as one CUDA graph.
+RECORDED, BY_BLOCK = "recorded", {"blocks": {}, "recorded": {}, "blocks-combined": {"options": {"combo_kernels": True}}}
 MODES = (*BY_BLOCK, "default", "reduce-overhead", "max-autotune")  # the others: of torch.compile, for the whole
 
 
@@ -79,10 +78,11 @@ from fusion import CrossAttention
 from losses import total_loss
 from model import RS2SAM2, compile_blocks
 from presets import RECIPES, Recipe, find_preset
-from runtime.devices import autocast, compute_dtype, default_workers, to_device
+from runtime.devices import autocast, choose_attention, compute_dtype, default_workers, to_device
 from runtime.errors import UserError, exit_on_user_error
+from runtime.optimizers import optimizers_for
+from runtime.recording import Recorded
 from runtime.run_folder import revision
-from train import optimizers_for
 
 BASELINE = "published settings"
 
@@ -130,25 +130,47 @@ class Step:
     """A training step as train.py does it. batch as `random_batch` gives it; call is the model or its compiled form."""
 
     def __init__(self, model: RS2SAM2, recipe: Recipe):
+        choose_attention(training=True)
         self.optimizers, self.recipe = optimizers_for(model, recipe), recipe
         self.trained = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, call, batch, precision) -> None:
+        self.update(self.gradients(call, precision, *batch))
+
+    def gradients(self, call, precision, *batch) -> dict[str, torch.Tensor]:
         *inputs, target = batch
         with precision():
             output = call(*inputs)
-        loss = total_loss(output, target, self.recipe.losses)["loss"]
-        loss.backward()
+        (loss := total_loss(output, target, self.recipe.losses)["loss"]).backward()
+        return {"loss": loss.detach()}
+
+    def update(self, terms: dict[str, torch.Tensor], keep_gradients: bool = False) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip)
-        torch.stack([loss, norm]).tolist()  # the step's one wait for the device
+        values = torch.stack([terms["loss"], norm])
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not keep_gradients)
+        values.tolist()  # the step's one wait for the device
+
+    def recorded(self, call, batch, precision):
+        """A step whose forward and backward pass is one CUDA graph, as train.py's on a card."""
+        gradients = Recorded(partial(self.gradients, call, precision))
+        return lambda: self.update(gradients(*batch), keep_gradients=True)
 
 
 def forward_once(call, batch, precision) -> None:
     with torch.inference_mode(), precision():
         call(*batch[:-1])
+
+
+def recorded_forward(call, batch, precision):
+    """A forward pass as one CUDA graph."""
+
+    def forward(*inputs) -> dict[str, torch.Tensor]:
+        with torch.no_grad(), precision():
+            return {"logits": call(*inputs).logits}
+
+    return partial(Recorded(forward), *batch[:-1])
 
 
 def flushed(run) -> None:
@@ -186,6 +208,10 @@ def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step:
     for size, (variant, call) in itertools.product(args.batch_size, calls.items()):
         dtype = getattr(torch, variant) if variant in args.dtype else None
         precision = partial(autocast, clock.device, dtype)
+        if RECORDED in variant and task != "evaluate":
+            record = {"forward": recorded_forward, "train": step and step.recorded}[task]
+            runs[variant, size] = contextlib.nullcontext, record(call, batches[size], precision)
+            continue
         runs[variant, size] = (
             contextlib.nullcontext,
             {
@@ -308,6 +334,7 @@ def measured(args) -> Iterator[str]:
         for task in sorted(args.tasks, key=TASKS.index):
             model.train(task in ("train", "loader"))
             if not model.training:
+                choose_attention(training=False)
                 step = None  # and with it the optimiser's memory
                 model.requires_grad_(False)
                 if clock.cuda and not args.dtype:

@@ -71,6 +71,12 @@ def autocast(device: torch.device, dtype: torch.dtype | None = None):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def choose_attention(training: bool) -> None:
+    """Which kernels attention may take on cards: in training not cuDNN's. torch (2.11, on an H100) would prefer it, and its
+    backward pass gave NaN for finite inputs where the flash kernel's was finite."""
+    torch.backends.cuda.enable_cudnn_sdp(not training)
+
+
 def to_device(batch: dict, device: torch.device) -> dict:
     """The tensors of a batch, moved; everything else as it is."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}

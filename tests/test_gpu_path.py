@@ -21,6 +21,7 @@ from model import build_image_encoder, compile_blocks
 from presets import PRESETS, RECIPES
 from runtime import devices, processes
 from runtime.errors import UserError
+from runtime.recording import Recorded
 from weights import checkpoints
 
 EAGER = partial(torch.compile, backend="eager")
@@ -235,3 +236,84 @@ def test_dtypes_are_timed_beside_each_other(tmp_path, monkeypatch):
     assert rows[0][-1] == "1.00 |" and float(rows[1][-1][:-2]) == pytest.approx(float(rows[1][4]) / float(rows[0][4]), rel=0.02)
     with pytest.raises(UserError, match="--dtype times the tasks forward and evaluate"):
         speed.main(["--dtype", "bfloat16", "--out", str(out)])
+
+
+class Graph:
+    """In place of CUDA's: counts how often it is replayed, which computes nothing."""
+
+    made = []
+
+    def __init__(self):
+        self.replays, _ = 0, Graph.made.append(self)
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """What a CPU lacks to record; what is yielded are the pools of memory that were asked for."""
+    pools = []
+
+    @contextlib.contextmanager
+    def graph_of(graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        pools.append(pool)
+        yield
+
+    monkeypatch.setattr(Graph, "made", [])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph_of)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    return pools
+
+
+def test_a_function_is_recorded_for_each_shape_and_replayed_on_new_inputs(recording):
+    calls = []
+    recorded = Recorded(lambda x, y: calls.append(len(x)) or {"sum": x + y})
+    for n in range(5):
+        for size in (2, 3):
+            x = torch.full((size,), float(n))
+            found = recorded(x, x + 1)["sum"]
+            if n < 2:  # as it is
+                assert found.tolist() == [2 * n + 1] * size
+            else:
+                _, (first, second), results = recorded.graphs[x.shape, x.shape]
+                assert found is results["sum"] and first is not x
+                assert first.tolist() == [n] * size and second.tolist() == [n + 1] * size
+    assert calls == [2, 3] * 3 and [graph.replays for graph in Graph.made] == [3, 3]
+    assert len(recording) == 2 and len({*recording}) == 1  # one pool
+    recorded(torch.ones(5), torch.ones(5))  # runs as it is and gets the graphs' memory
+    assert not recorded.graphs
+    recorded(torch.ones(2), torch.ones(2))  # recorded anew
+    assert len(Graph.made) == 3 and len({*recording}) == 2
+
+
+def test_what_cannot_be_recorded_goes_on_as_it_is(recording, capsys):
+    def function(x):
+        if len(recording) > 0:
+            recording.clear()
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return {"double": 2 * x}
+
+    recorded = Recorded(function)
+    assert [recorded(torch.full((1,), float(n)))["double"].item() for n in range(5)] == [0, 2, 4, 6, 8]
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "slower (operation not permitted when stream is capturing)" in said
+
+
+def test_memory_that_runs_out_while_recording_is_told_as_such(recording):
+    def function(x):
+        if recording:
+            raise torch.OutOfMemoryError("full")
+        return {"x": x}
+
+    recorded = Recorded(function)
+    with pytest.raises(torch.OutOfMemoryError):
+        [recorded(torch.ones(1)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("training, cudnn", [(True, False), (False, True)])
+def test_training_leaves_attention_to_other_kernels_than_cudnn_s(training, cudnn):
+    devices.choose_attention(training)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn

@@ -99,7 +99,7 @@ def test_every_step_is_a_command_line_that_its_program_takes(quick, tmp_path):
     every = [*gpu_report.steps(["paper", "large"], quick, tmp_path / "out")]
     assert len({step.name for step in every}) == len(every)
     names = [step.name for step in every]
-    assert names[:3] == ["GPU tests", *(f"{m} by the published settings, as it is and by block" for m in ("paper", "large"))]
+    assert names[:3] == ["GPU tests", *(f"{m} by the published settings, as it is and as trained" for m in ("paper", "large"))]
     for step in every:
         program, arguments = step.command[2], step.command[3:]
         if step.command[1] == "train.py":

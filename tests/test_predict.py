@@ -202,8 +202,10 @@ def test_what_weights_were_not_taught_is_said(ckpt, predictor, picture, tmp_path
     assert (out.count(origin), out.count(unknown)) == (1, 1)
     notes = [" ".join(line["notes"]) for line in lines(tmp_path / "o")]
     assert [origin in n for n in notes] == [True, True] and [unknown in n for n in notes] == [False, True]
-    with pytest.warns(UserWarning, match=unknown):
-        RS2SAM2Predictor.from_pretrained(taught).predict(picture, "asdf qwer")
+    with pytest.warns(UserWarning, match="Training never said") as warned:
+        (untaught := RS2SAM2Predictor.from_pretrained(taught)).predict(picture, "asdf qwer")
+        untaught.predict(picture, "asdf qwer"), untaught.predict([picture] * 2, ["asdf qwer", "qwer"])
+    assert [sum(said in str(w.message) for w in warned) for said in (origin, unknown, "never said 'qwer'")] == [1, 1, 1]
     real = predictor.facts | {"taught": state["taught"] | {"generated": False}}
     assert not RS2SAM2Predictor(predictor.model, facts=real).notes("A red ship")
     trained_words = real | {"preset": real["preset"] | {"encoder_name": "ViT-B-16"}}  # knows more than its training set's

@@ -18,7 +18,8 @@ from losses import TERMS
 from model import RS2SAM2, count_parameters
 from presets import OURS, PRESETS, RECIPES, Recipe, differences, find_preset, in_words, settings_of, with_settings
 from runtime.errors import UserError
-from train import learning_rate, parameter_groups
+from runtime.optimizers import parameter_groups
+from train import learning_rate
 from weights.checkpoints import skip_initialisation
 from weights.foundation import SIZES, sam2_on_hub
 from weights.names import is_unused, our_name

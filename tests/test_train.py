@@ -32,7 +32,7 @@ from data import TrainingOrder, open_dataset
 from experiments import curves
 from model import RS2SAM2, compile_blocks
 from presets import PRESETS, RECIPES, Preset, Recipe
-from runtime import muon, processes
+from runtime import optimizers, processes
 from runtime.errors import UserError
 from synthetic_scenes.scenes import make_scenes
 from weights import hub
@@ -202,7 +202,7 @@ def assert_same_run(run: Path, other: Path, tolerance: float = 0) -> None:
 @pytest.mark.parametrize("train_trunk, muon", [(True, 0.0), (False, 0.0), (True, 2.0)])
 def test_parameter_groups_are_disjoint_and_complete(train_trunk, muon):
     model = RS2SAM2(replace(PRESETS["tiny"], image_size=64, train_trunk=train_trunk))
-    groups = train.parameter_groups(model, Recipe(lr=1e-3, foundation_rate=0.5, muon=muon))
+    groups = optimizers.parameter_groups(model, Recipe(lr=1e-3, foundation_rate=0.5, muon=muon))
     ids = [id(p) for group in groups for p in group["params"]]
     assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
     assert [group["lr"] for group in groups] == ([1e-3, 5e-4, 2e-3, 1e-3] if muon else [1e-3, 5e-4])
@@ -222,7 +222,7 @@ def test_parameter_groups_are_disjoint_and_complete(train_trunk, muon):
         tables = (model.union_encoder.positional_embedding, model.mask_decoder.mask_tokens.weight, model.no_mem_embed)
         for p in (*tables, model.union_encoder.visual.conv1.weight, model.text_weight.weight, joint.mlp[0].bias):
             assert id(p) in ids and id(p) not in taken
-    for optimizer in train.optimizers_for(model, Recipe(muon=muon)):
+    for optimizer in optimizers.optimizers_for(model, Recipe(muon=muon)):
         optimizer.step()  # takes the groups as they are
 
 
@@ -231,7 +231,7 @@ def test_muon_is_timm_s():
     first = [torch.randn(shape) for shape in [(16, 32), (32, 16), (16, 32), (8, 8), (16, 32), (48, 16)]]
     ours, theirs = ([nn.Parameter(p.clone()) for p in first] for _ in range(2))
     ours_in, theirs_in = ([{"params": ps[:4], "lr": 0.02}, {"params": ps[4:], "lr": 0.01}] for ps in (ours, theirs))
-    optimizer, expected = muon.Muon(ours_in, 0.1), timm.optim.Muon(theirs_in, weight_decay=0.1, nesterov=True, ns_steps=4)
+    optimizer, expected = optimizers.Muon(ours_in, 0.1), timm.optim.Muon(theirs_in, weight_decay=0.1, nesterov=True, ns_steps=4)
     for step in range(3):
         for p, q in zip(ours, theirs):
             p.grad = q.grad = torch.randn(p.shape) if p is not ours[3] or step else None  # not part of the first step
