@@ -137,7 +137,8 @@ class Run:
         self.trained = [p for group in self.groups() for p in group["params"]]
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.compute = Recorded(partial(compute, self), enabled=device.type == "cuda" and world_size() == 1)
+        alone_on_a_card = device.type == "cuda" and world_size() == 1
+        self.compute = Recorded(partial(compute, self), self.trained, enabled=alone_on_a_card)
         self.average = AveragedWeights(model, recipe.ema)
         self.samples, self.epoch, self.best, self.best_rows, self.log = 0, 0, -1.0, [], []  # epoch: how many are complete
         self.running, self.revision = {}, revision()  # running: sums over the epoch under way
@@ -258,7 +259,7 @@ def train_step(run: Run, batch: dict, stop: StopSignal) -> tuple[dict[str, float
     minded = run.scaler.is_enabled() and run.scaler.get_scale() >= 1  # float16's infinite gradients, by a lower scale
     for optimizer in run.optimizers:
         run.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=not run.compute.enabled)
+        optimizer.zero_grad(set_to_none=not run.compute.graphs)
     run.scaler.update()
     run.average.update()
     *values, norm, asked = values.tolist()  # the step's one wait for the device, which has all of the step to do by now

@@ -154,8 +154,8 @@ class Step:
 
     def recorded(self, call, batch, precision):
         """A step whose forward and backward pass is one CUDA graph, as train.py's on a card."""
-        gradients = Recorded(partial(self.gradients, call, precision))
-        return lambda: self.update(gradients(*batch), keep_gradients=True)
+        gradients = Recorded(partial(self.gradients, call, precision), self.trained)
+        return lambda: self.update(gradients(*batch), keep_gradients=bool(gradients.graphs))
 
 
 def forward_once(call, batch, precision) -> None:

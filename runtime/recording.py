@@ -1,7 +1,7 @@
 """CUDA graphs: what the host launches for a function, recorded once and started again by one call."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,14 +14,15 @@ UNRECORDED = 2  # calls of a shape that run as they are: what is compiled or all
 class Recorded:
     """A function of tensors on a card that is recorded as a CUDA graph, for each set of shapes that it is given, and replayed.
 
-    function(*tensors) -> {name: tensor}; it may not wait for the device, and gradients that it adds to have to stay where
-    they are (`zero_grad(set_to_none=False)`). What a replay returns is overwritten by the next one. A step of `paper`
-    launches 14,000 kernels, which takes a host longer than it takes the card to compute them. Without `enabled` it is the
-    function itself, as it is, said in a line, where something in it can't be recorded.
+    function(*tensors) -> {name: tensor}; it may not wait for the device. What a replay returns is overwritten by the next
+    one. `trained` are the weights whose gradients the function adds to: they are allocated before it is recorded, and while
+    there are `graphs` they have to stay where they are (`zero_grad(set_to_none=False)`). A step of `paper` launches 14,000
+    kernels, which takes a host longer than it takes the card to compute them. Without `enabled`, and where something can't be
+    recorded, which is said in a line, it is the function itself.
     """
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]], enabled: bool = True):
-        self.function, self.enabled = function, enabled
+    def __init__(self, function: Callable[..., dict[str, Tensor]], trained: Sequence[Tensor] = (), enabled: bool = True):
+        self.function, self.trained, self.enabled = function, trained, enabled
         self.calls, self.graphs, self.pool = {}, {}, None
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -40,16 +41,20 @@ class Recorded:
     def record(self, shapes: tuple, inputs: tuple[Tensor, ...]) -> None:
         graph, places = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
         self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all graphs, of which one is replayed at a time
+        without = [p for p in self.trained if p.grad is None]
         try:
+            for p in without:
+                p.grad = torch.zeros_like(p)
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # the loader's thread goes on
-                results = self.function(*places)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+                self.graphs[shapes] = graph, places, self.function(*places)
+        except RuntimeError as error:  # of memory too: gradients that stay take more of it
             self.enabled = False
             print(f"this can't be recorded as a CUDA graph and goes on without one, slower ({first_words(error)})", flush=True)
-        else:
-            self.graphs[shapes] = graph, places, results
+        if not self.enabled:
+            for p in without:
+                p.grad = None
+            self.graphs[shapes] = None  # and with it what the error held
+            self.forget()
 
     def forget(self) -> None:
         """Give the graphs' memory back; the next call records anew."""

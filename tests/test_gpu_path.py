@@ -268,6 +268,18 @@ def recording(monkeypatch):
     return pools
 
 
+def test_gradients_have_a_place_before_they_are_recorded(recording):
+    weight = torch.nn.Parameter(torch.ones(2))
+    recorded = Recorded(lambda x: (weight * x).sum().backward() or {"x": x}, [weight])
+    for _ in range(2):
+        recorded(torch.ones(2))
+        weight.grad = None
+    found = []
+    recorded.function = lambda x: found.append(weight.grad.tolist()) or {"x": x}
+    recorded(torch.ones(2))
+    assert found == [[0.0, 0.0]] and recorded.graphs
+
+
 def test_a_function_is_recorded_for_each_shape_and_replayed_on_new_inputs(recording):
     calls = []
     recorded = Recorded(lambda x, y: calls.append(len(x)) or {"sum": x + y})
@@ -289,28 +301,18 @@ def test_a_function_is_recorded_for_each_shape_and_replayed_on_new_inputs(record
     assert len(Graph.made) == 3 and len({*recording}) == 2
 
 
-def test_what_cannot_be_recorded_goes_on_as_it_is(recording, capsys):
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_what_cannot_be_recorded_goes_on_as_it_is(recording, capsys, error):
     def function(x):
-        if len(recording) > 0:
+        if recording:
             recording.clear()
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+            raise error("operation not permitted\nwhen stream is capturing")
         return {"double": 2 * x}
 
     recorded = Recorded(function)
     assert [recorded(torch.full((1,), float(n)))["double"].item() for n in range(5)] == [0, 2, 4, 6, 8]
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "slower (operation not permitted when stream is capturing)" in said
-
-
-def test_memory_that_runs_out_while_recording_is_told_as_such(recording):
-    def function(x):
-        if recording:
-            raise torch.OutOfMemoryError("full")
-        return {"x": x}
-
-    recorded = Recorded(function)
-    with pytest.raises(torch.OutOfMemoryError):
-        [recorded(torch.ones(1)) for _ in range(3)]
 
 
 @pytest.mark.parametrize("training, cudnn", [(True, False), (False, True)])
