@@ -113,7 +113,6 @@ def on_device(model: RS2SAM2, device: torch.device) -> RS2SAM2:
     """The model moved there; on a card its frozen weights are cast and a LARGE one's blocks compiled: `tiny` is trained in less
     time than that takes."""
     if device.type == "cuda":
-        devices.choose_attention(training=True)
         model.to(device).cast_frozen(compute_dtype())
         if count_parameters(model)["total"] > devices.LARGE:
             devices.compile_here(compile_blocks, model)
@@ -272,7 +271,7 @@ def backward(run: Run, part: dict, last: bool) -> dict[str, Tensor]:
     """Add the gradients of one of --accumulate's parts -> its share of the loss and the terms. Gradients are averaged over the
     processes with the last part."""
     alone = world_size() > 1 and not last
-    with run.synced.no_sync() if alone else contextlib.nullcontext():
+    with run.synced.no_sync() if alone else contextlib.nullcontext(), devices.training_attention():
         return run.compute(*(part[key] for key in ("image", "encoder_image", "ids", "lengths", "target")))
 
 

@@ -78,7 +78,7 @@ from fusion import CrossAttention
 from losses import total_loss
 from model import RS2SAM2, compile_blocks
 from presets import RECIPES, Recipe, find_preset
-from runtime.devices import autocast, choose_attention, compute_dtype, default_workers, to_device
+from runtime.devices import autocast, compute_dtype, default_workers, to_device, training_attention
 from runtime.errors import UserError, exit_on_user_error
 from runtime.optimizers import optimizers_for
 from runtime.recording import Recorded
@@ -130,7 +130,6 @@ class Step:
     """A training step as train.py does it. batch as `random_batch` gives it; call is the model or its compiled form."""
 
     def __init__(self, model: RS2SAM2, recipe: Recipe):
-        choose_attention(training=True)
         self.optimizers, self.recipe = optimizers_for(model, recipe), recipe
         self.trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -139,9 +138,10 @@ class Step:
 
     def gradients(self, call, precision, *batch) -> dict[str, torch.Tensor]:
         *inputs, target = batch
-        with precision():
-            output = call(*inputs)
-        (loss := total_loss(output, target, self.recipe.losses)["loss"]).backward()
+        with training_attention():
+            with precision():
+                output = call(*inputs)
+            (loss := total_loss(output, target, self.recipe.losses)["loss"]).backward()
         return {"loss": loss.detach()}
 
     def update(self, terms: dict[str, torch.Tensor], keep_gradients: bool = False) -> None:
@@ -334,7 +334,6 @@ def measured(args) -> Iterator[str]:
         for task in sorted(args.tasks, key=TASKS.index):
             model.train(task in ("train", "loader"))
             if not model.training:
-                choose_attention(training=False)
                 step = None  # and with it the optimiser's memory
                 model.requires_grad_(False)
                 if clock.cuda and not args.dtype:

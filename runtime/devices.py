@@ -7,6 +7,7 @@ import os
 import time
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.errors import UserError
 from runtime.processes import let_rank_0_speak
@@ -71,10 +72,10 @@ def autocast(device: torch.device, dtype: torch.dtype | None = None):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def choose_attention(training: bool) -> None:
-    """Which kernels attention may take on cards: in training not cuDNN's. torch (2.11, on an H100) would prefer it, and its
-    backward pass gave NaN for finite inputs where the flash kernel's was finite."""
-    torch.backends.cuda.enable_cudnn_sdp(not training)
+def training_attention():
+    """A context for forward and backward passes, in which attention takes no kernel of cuDNN's. torch (2.11, on an H100) would
+    prefer it, and its backward pass gave NaN for finite inputs where the flash kernel's was finite."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -10,26 +10,20 @@ from torch.nn.functional import cosine_similarity
 from experiments import counting, speed
 from fusion import CrossAttention
 from presets import RECIPES
-from runtime.devices import autocast, choose_attention, compute_dtype
+from runtime.devices import autocast, compute_dtype, training_attention
 from runtime.optimizers import Muon
 from runtime.recording import Recorded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")]
 
 
-@pytest.fixture(autouse=True)
-def attention():
-    choose_attention(training=True)
-    yield
-    choose_attention(training=False)
-
-
 def gradients(call, batch, precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and the loss's gradients of all trained weights in one row, both in float32 on the CPU."""
     *inputs, target = batch
-    with autocast(inputs[0].device, precision):
-        output = call(*inputs)
-    speed.total_loss(output, target, RECIPES["tiny"].losses)["loss"].backward()
+    with training_attention():
+        with autocast(inputs[0].device, precision):
+            output = call(*inputs)
+        speed.total_loss(output, target, RECIPES["tiny"].losses)["loss"].backward()
     grads = [p.grad.flatten() for p in call.parameters() if p.grad is not None]
     return output.logits.detach().float().cpu(), torch.cat(grads).float().cpu()
 
