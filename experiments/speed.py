@@ -13,6 +13,7 @@ else the machine does slows them alike, on a card one after the other, as each k
 median over --repeats. --baseline times the published settings beside them, on the same weights with the same optimiser:
 batch 1, SAM 2 in float32, multi-head attention that returns its weights, no compilation, a synchronisation and an emptied cache
 after each step. MFU is the share of what the device reaches on a large product.
+`--compile recorded` is what train.py does on a card; the memory of its CUDA graph is not in its peak GiB.
 """
 
 import argparse
