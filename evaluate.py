@@ -185,22 +185,22 @@ def score(model, dataset, protocol="ours", batch_size=8, workers=0, title="scori
     )  # fmt: skip
     rows, was_training = {}, model.training
 
-    def logits(image, encoder_image, ids, lengths) -> dict:
+    def predicted(image, encoder_image, ids, lengths) -> dict:
         with autocast(device, dtype if protocol == "ours" else torch.float32):
             return {"logits": model(*model.normalise(image, encoder_image), ids, lengths).logits}
 
-    forward = Recorded(logits, enabled=device.type == "cuda")
+    forward = Recorded(predicted, enabled=device.type == "cuda")
     model.eval()
     for indices, batch in zip(batches, Progress(loader, title, leave=False, disable=rank() > 0)):
         batch = to_device(batch, device)
         found = forward(*(batch[key] for key in ("image", "encoder_image", "ids", "lengths")))["logits"]
-        for i, mask in enumerate(found.float().split(1)):
+        for i, logits in enumerate(found.float().split(1)):
             item = {key: values[i] for key, values in batch.items()}
             target = item["mask"] if protocol == "ours" else item["target"]
-            whole = logits_at(mask, target.shape)
+            whole = logits_at(logits, target.shape)
             row = rows[indices[i]] = scored_row(item, whole > 0, target, protocol)
             if masks:
-                whole = whole if target is item["mask"] else logits_at(mask, item["mask"].shape)
+                whole = whole if target is item["mask"] else logits_at(logits, item["mask"].shape)
                 inside = probabilities(whole[whole > 0])
                 row |= {"segmentation": encode(whole > 0), "confidence": float(inside.mean()) if inside.size else 0.0}
     forward.forget()

@@ -68,7 +68,7 @@ from torch.utils.data import DataLoader
 from data import Collate, TrainingOrder, open_dataset
 from evaluate import best_median_worst, print_results, results_by_group, score, write_panels
 from losses import total_loss
-from model import RS2SAM2, compile_blocks, count_parameters
+from model import RS2SAM2, compile_blocks
 from presets import Preset, Recipe, learning_rate
 from runtime import devices
 from runtime.averaging import AveragedWeights
@@ -110,11 +110,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict | None]
 
 
 def on_device(model: RS2SAM2, device: torch.device) -> RS2SAM2:
-    """The model moved there; on a card its frozen weights are cast and a LARGE one's blocks compiled: `tiny` is trained in less
+    """The model moved there; on a card its frozen weights are cast and a large one's blocks compiled: `tiny` is trained in less
     time than that takes."""
     if device.type == "cuda":
         model.to(device).cast_frozen(compute_dtype())
-        if count_parameters(model)["total"] > devices.LARGE:
+        if devices.is_large(model):
             devices.compile_here(compile_blocks, model)
     return model.to(device)
 

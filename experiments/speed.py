@@ -153,10 +153,10 @@ class Step:
             optimizer.zero_grad(set_to_none=not keep_gradients)
         values.tolist()  # the step's one wait for the device
 
-    def recorded(self, call, batch, precision):
-        """A step whose forward and backward pass is one CUDA graph, as train.py's on a card."""
+    def recorded(self, call, precision):
+        """The step of a batch, its forward and backward pass one CUDA graph, as train.py's on a card."""
         gradients = Recorded(partial(self.gradients, call, precision), self.trained)
-        return lambda: self.update(gradients(*batch), keep_gradients=bool(gradients.graphs))
+        return lambda batch: self.update(gradients(*batch), keep_gradients=bool(gradients.graphs))
 
 
 def forward_once(call, batch, precision) -> None:
@@ -164,14 +164,15 @@ def forward_once(call, batch, precision) -> None:
         call(*batch[:-1])
 
 
-def recorded_forward(call, batch, precision):
-    """A forward pass as one CUDA graph."""
+def recorded_forward(call, precision):
+    """The forward pass of a batch as one CUDA graph."""
 
     def forward(*inputs) -> dict[str, torch.Tensor]:
         with torch.no_grad(), precision():
             return {"logits": call(*inputs).logits}
 
-    return partial(Recorded(forward), *batch[:-1])
+    recorded = Recorded(forward)
+    return lambda batch: recorded(*batch[:-1])
 
 
 def flushed(run) -> None:
@@ -211,7 +212,7 @@ def task_runs(args, task: str, model: RS2SAM2, clock: Device, calls: dict, step:
         precision = partial(autocast, clock.device, dtype)
         if RECORDED in variant and task != "evaluate":
             record = {"forward": recorded_forward, "train": step and step.recorded}[task]
-            runs[variant, size] = contextlib.nullcontext, record(call, batches[size], precision)
+            runs[variant, size] = contextlib.nullcontext, partial(record(call, precision), batches[size])
             continue
         runs[variant, size] = (
             contextlib.nullcontext,
@@ -243,6 +244,9 @@ def loader_rows(args, model, clock: Device, step: Step, call, root: Path) -> Ite
     sizes = {"image_size": model.preset.image_size, "encoder_size": model.union_encoder.image_size}
     dataset = open_dataset(root, "train", one_phrase=True, augment=RECIPES[args.model].augment, **sizes)
     size, precision = args.batch_size[-1], partial(autocast, clock.device)
+    if step:
+        recorded = args.compile[-1:] == [RECORDED]
+        once = step.recorded(call, precision) if recorded else partial(step, call, precision=precision)
     for workers, training in ((1, False), (max(1, args.workers), True))[: 1 + ("train" in args.tasks)]:
         loader = DataLoader(dataset, size, num_workers=workers, drop_last=True, pin_memory=clock.cuda,
                             collate_fn=Collate(model.union_encoder.tokenizer), persistent_workers=True)  # fmt: skip
@@ -254,7 +258,7 @@ def loader_rows(args, model, clock: Device, step: Step, call, root: Path) -> Ite
                 if training:
                     b = to_device(batch, clock.device)
                     pictures = model.normalise(b["image"], b["encoder_image"])
-                    step(call, (*pictures, b["ids"], b["lengths"], b["target"]), precision)
+                    once((*pictures, b["ids"], b["lengths"], b["target"]))
                 ready = time.perf_counter()
         rate, waiting = images / (ready - start), 100 * waited / (ready - start)
         what = f"beside training, which waits {waiting:.1f} % of the time" if training else "alone"

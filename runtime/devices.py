@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from runtime.errors import UserError
 from runtime.processes import let_rank_0_speak
 
-LARGE = 50_000_000  # weights: all presets but `tiny`, which bfloat16 makes no faster on a CPU
+LARGE = 50_000_000  # weights: all presets but `tiny`, which bfloat16 makes no faster on a CPU, nor compilation on a card
 
 
 def pick_device(gpus: int | None = None) -> torch.device:
@@ -54,16 +54,19 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
+def is_large(model: torch.nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) > LARGE
+
+
 def chosen_dtype(name: str, model: torch.nn.Module) -> torch.dtype:
     """What a model on its device computes in by the name of --dtype. auto: on a CUDA card `compute_dtype`; on a CPU with
     bfloat16 this, where the model is LARGE; else float32."""
     if name != "auto":
         return getattr(torch, name)
-    parameters = list(model.parameters())
-    if parameters[0].device.type == "cuda":
+    device = next(model.parameters()).device.type
+    if device == "cuda":
         return compute_dtype()
-    large = parameters[0].device.type == "cpu" and sum(p.numel() for p in parameters) > LARGE
-    return torch.bfloat16 if large and cpu_has_bfloat16() else torch.float32
+    return torch.bfloat16 if device == "cpu" and is_large(model) and cpu_has_bfloat16() else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None = None):

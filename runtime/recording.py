@@ -31,7 +31,7 @@ class Recorded:
         if self.enabled and shapes not in self.graphs and self.calls[shapes] > UNRECORDED:
             self.record(shapes, inputs)
         if shapes not in self.graphs:
-            self.forget()  # whose memory this call may need
+            self.forget()  # whose memory this call may need, and what a failed recording holds
             return self.function(*inputs)
         graph, places, results = self.graphs[shapes]
         torch._foreach_copy_(places, inputs)
@@ -50,15 +50,12 @@ class Recorded:
         except RuntimeError as error:  # of memory too: gradients that stay take more of it
             self.enabled = False
             print(f"this can't be recorded as a CUDA graph and goes on without one, slower ({first_words(error)})", flush=True)
-        if not self.enabled:
             for p in without:
                 p.grad = None
-            self.graphs[shapes] = None  # and with it what the error held
-            self.forget()
 
     def forget(self) -> None:
         """Give the graphs' memory back; the next call records anew."""
-        if self.graphs:
+        if self.pool:
             self.graphs, self.pool = {}, None
             gc.collect()
             torch.cuda.empty_cache()
