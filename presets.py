@@ -126,7 +126,7 @@ PRESETS = {
 
 RECIPES = dict.fromkeys(PRESETS, Recipe()) | {
     "tiny": Recipe(
-        samples=24_000, epoch_range=(280, 4000), cpu_processes=4, lr=1.4e-3, foundation_rate=1.0, betas=(0.9, 0.98),
+        samples=24_000, epoch_range=(280, 4000), cpu_processes=4, lr=1.4e-3, foundation_rate=1.0, betas=(0.5, 0.98),
         weight_decay=0.02, muon=2.0, ema=0.995, augment=None,
         # The boundary loss's coefficient was measured: at the paper's 0.2 the term is worth less than another seed.
         losses={"cross_entropy": 1.0, "dice": 1.0, "boundary": 1.0, "pseudo_mask": 5.0},
