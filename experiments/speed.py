@@ -31,12 +31,9 @@ from runtime.arguments import DTYPES, answer_early, at_least
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
 TASKS = ("train", "loader", "forward", "evaluate")  # in this order
-# Graphs by block, with the options of torch.compile: alone; as train.py does it, with each pass recorded as one CUDA graph;
-# small kernels put together; and elementwise kernels in one form each, which compiles for a third less of the time.
-RECORDED, BY_BLOCK = "recorded", {
-    "blocks": {}, "recorded": {}, "blocks-combined": {"options": {"combo_kernels": True}},
-    "blocks-untuned": {"options": {"triton.autotune_pointwise": False}},
-}  # fmt: skip
+# Graphs by block, with the options of torch.compile: alone; and small kernels put together. As train.py does it: by block, and
+# each pass recorded as one CUDA graph.
+RECORDED, BY_BLOCK = "recorded", {"blocks": {}, "recorded": {}, "blocks-combined": {"options": {"combo_kernels": True}}}
 MODES = (*BY_BLOCK, "default", "reduce-overhead", "max-autotune")  # the others: of torch.compile, for the whole
 
 
