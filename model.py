@@ -209,7 +209,6 @@ def compile_blocks(model: RS2SAM2, **options) -> int:
     -> how many kinds of blocks there are.
     """
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # of graphs; torch 2.6's name
-    torch._dynamo.config.optimize_ddp = False  # on several cards it would cut each block's graph into gradient buckets
     stacks = [m for m in model.union_encoder.modules() if isinstance(m, nn.ModuleList)]
     blocks, layers = model.image_encoder.trunk.blocks, [layer for stack in stacks for layer in stack]
     for module in [*blocks, *layers, model.mask_decoder]:

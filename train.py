@@ -12,7 +12,6 @@ moment. SIGTERM and Ctrl-C finish the step, save, print the command that goes on
 """
 
 import argparse
-import contextlib
 import math
 import time
 from dataclasses import asdict
@@ -62,7 +61,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data import Collate, TrainingOrder, open_dataset
@@ -75,7 +74,17 @@ from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
 from runtime.optimizers import optimizers_for, parameter_groups
-from runtime.processes import gather, launch, launched, process_group, processes_for, rank, rank_0_first, world_size
+from runtime.processes import (
+    gather,
+    joined_gradients,
+    launch,
+    launched,
+    process_group,
+    processes_for,
+    rank,
+    rank_0_first,
+    world_size,
+)
 from runtime.progress import Progress
 from runtime.recording import Recorded
 from runtime.run_folder import RunFolder, free_run, revision
@@ -128,16 +137,14 @@ class Run:
         for dataset in (train_set, val_set):
             dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
         model.text_weight.requires_grad_(any("boundary" in term for term in recipe.losses))  # else it has no gradient
-        self.model = self.synced = on_device(model, device)
+        self.model = on_device(model, device)
         self.model.image_encoder.checkpoint_activations = args.checkpoint_activations
-        if world_size() > 1:  # `synced` averages gradients over the processes; scoring needs none of it
-            self.synced = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)  # no gradient twice
         self.optimizers = optimizers_for(model, recipe)
         self.trained = [p for group in self.groups() for p in group["params"]]
+        self.gradients = joined_gradients(self.model, self.trained) if world_size() > 1 else None
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        alone_on_a_card = device.type == "cuda" and world_size() == 1
-        self.compute = Recorded(partial(compute, self), self.trained, enabled=alone_on_a_card)
+        self.backward = Recorded(partial(backward, self), self.trained, enabled=device.type == "cuda")
         self.average = AveragedWeights(model, recipe.ema)
         self.samples, self.epoch, self.best, self.best_rows, self.log = 0, 0, -1.0, [], []  # epoch: how many are complete
         self.running, self.revision = {}, revision()  # running: sums over the epoch under way
@@ -230,7 +237,7 @@ def train_epoch(run: Run, stop: StopSignal) -> dict[str, float]:
             if stopping:
                 stop.number = max(gather(stop.number))  # rank 0 has written last.pt
                 stop.exit()
-    run.compute.forget()  # validation needs the room, and exchanges weights
+    run.backward.forget()  # validation needs the room, and exchanges weights
     waited = max(gather(total["waited"]))  # all wait for the slowest
     rates = {"images/s": total["samples"] / total["seconds"], "data_wait": waited / total["seconds"]}
     return {k: v / total["steps"] for k, v in total["terms"].items()} | rates
@@ -247,8 +254,12 @@ def train_step(run: Run, batch: dict, stop: StopSignal) -> tuple[dict[str, float
     size = len(batch["id"]) // parts
     for n in range(parts):
         part = to_device({key: value[n * size : (n + 1) * size] for key, value in batch.items()}, run.device)
-        for key, term in backward(run, part, last=n == parts - 1).items():
+        with devices.training_attention():
+            terms = run.backward(*(part[key] for key in ("image", "encoder_image", "ids", "lengths", "target")))
+        for key, term in terms.items():
             sums[key] = sums.get(key, 0.0) + term
+    if run.gradients is not None:
+        dist.all_reduce(run.gradients.div_(world_size()))
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.trained, run.recipe.clip)
@@ -258,7 +269,7 @@ def train_step(run: Run, batch: dict, stop: StopSignal) -> tuple[dict[str, float
     minded = run.scaler.is_enabled() and run.scaler.get_scale() >= 1  # float16's infinite gradients, by a lower scale
     for optimizer in run.optimizers:
         run.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=not run.compute.graphs)
+        optimizer.zero_grad(set_to_none=not run.backward.graphs and run.gradients is None)
     run.scaler.update()
     run.average.update()
     *values, norm, asked = values.tolist()  # the step's one wait for the device, which has all of the step to do by now
@@ -267,18 +278,11 @@ def train_step(run: Run, batch: dict, stop: StopSignal) -> tuple[dict[str, float
     return dict(zip(sums, values)), bool(asked)
 
 
-def backward(run: Run, part: dict, last: bool) -> dict[str, Tensor]:
-    """Add the gradients of one of --accumulate's parts -> its share of the loss and the terms. Gradients are averaged over the
-    processes with the last part."""
-    alone = world_size() > 1 and not last
-    with run.synced.no_sync() if alone else contextlib.nullcontext(), devices.training_attention():
-        return run.compute(*(part[key] for key in ("image", "encoder_image", "ids", "lengths", "target")))
-
-
-def compute(run: Run, image: Tensor, encoder_image: Tensor, ids: Tensor, lengths: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """`backward` of a part's tensors; on a card alone it is recorded and replayed."""
+def backward(run: Run, image: Tensor, encoder_image: Tensor, ids: Tensor, lengths: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Add the gradients of one of --accumulate's parts -> its share of the loss and the terms. On a card it is recorded and
+    replayed."""
     with autocast(run.device):
-        output = run.synced(*run.model.normalise(image, encoder_image), ids, lengths)
+        output = run.model(*run.model.normalise(image, encoder_image), ids, lengths)
     terms = total_loss(output, target, run.recipe.losses)
     run.scaler.scale(terms["loss"] / run.args.accumulate).backward()
     return {key: term.detach() / run.args.accumulate for key, term in terms.items()}

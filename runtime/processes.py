@@ -11,10 +11,12 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args as torchrun_arguments
@@ -105,6 +107,19 @@ def gather(value) -> list:
     if world_size() > 1:
         dist.all_gather_object(values, value, group=patient_group())
     return values
+
+
+def joined_gradients(model: nn.Module, trained: Sequence[Tensor]) -> Tensor:
+    """Give the model of every process rank 0's weights, since machines may round what one seed draws differently, and the
+    `trained` ones gradients of zero that are parts of one tensor (n,), which is returned: one exchange averages all.
+
+    They have to stay where they are: `zero_grad(set_to_none=False)`."""
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)
+    joined = torch.zeros(sum(p.numel() for p in trained), dtype=trained[0].dtype, device=trained[0].device)
+    for p, part in zip(trained, joined.split([p.numel() for p in trained])):
+        p.grad = part.view_as(p)
+    return joined
 
 
 @contextlib.contextmanager

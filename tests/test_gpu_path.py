@@ -9,10 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from test_experiments import batch_for, small_model
 from torch._dynamo.utils import counters
-from torch.nn.parallel import DistributedDataParallel
 
 import fusion
 import predict
@@ -62,26 +60,6 @@ def test_alike_blocks_share_a_graph_and_nothing_is_compiled_twice(encoder, graph
     long = train(words=40)
     assert first < long <= 2 * first
     assert train(words=57) == train(words=5) == long
-
-
-@pytest.fixture
-def group(tmp_path):
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_on_several_cards_a_block_is_one_graph_too(graphs, group):
-    compiled = []
-    for wrap in (lambda model: model, partial(DistributedDataParallel, bucket_cap_mb=0.001)):
-        torch._dynamo.reset()
-        model, made = small_model(), []
-        compile_blocks(model, backend=lambda graph, _, made=made: made.append(graph) or graph.forward)
-        batch = *batch_for(model, [9, 9]), torch.zeros(2, 64, 64)
-        speed.Step(model, RECIPES["tiny"])(wrap(model), batch, contextlib.nullcontext)
-        compiled.append(len(made))
-    assert compiled[0] == compiled[1] > 0
 
 
 def test_what_an_ablation_leaves_is_compiled_too():

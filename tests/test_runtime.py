@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.run import main as torchrun
 
@@ -328,6 +329,27 @@ def test_the_end_of_a_process_on_another_machine_is_one_sentence(tmp_path):
     sentence = "another process of this run has ended, and with it this one: if no reason is printed here, it is on its machine"
     assert said.count(sentence) == 1
     assert not any("Traceback" in line for line in said[: said.index(sentence)])  # what follows is torchrun's
+
+
+def test_processes_share_rank_0s_weights_and_average_their_gradients_at_once(tmp_path):
+    def process(number):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=number, world_size=2)
+        torch.manual_seed(number)
+        joined = processes.joined_gradients(model := nn.Linear(3, 1), [model.bias, model.weight])
+        model(torch.tensor([[1.0, 2.0, 3.0]]) * (number + 1)).sum().backward()
+        dist.all_reduce(joined.div_(2))
+        torch.save([model.state_dict(), joined, model.weight.grad], tmp_path / str(number))
+
+    programs = [multiprocessing.get_context("fork").Process(target=process, args=[number]) for number in (0, 1)]
+    for step in ("start", "join"):
+        for program in programs:
+            getattr(program, step)()
+    torch.manual_seed(0)
+    first = nn.Linear(3, 1).state_dict()
+    for number in (0, 1):
+        weights, joined, grad = torch.load(tmp_path / str(number))
+        assert all(torch.equal(weights[name], first[name]) for name in first)
+        assert joined.tolist() == [1, 1.5, 3, 4.5] and grad.tolist() == [[1.5, 3, 4.5]]
 
 
 def test_the_average_is_the_moving_average():
