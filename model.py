@@ -201,8 +201,8 @@ class RS2SAM2(nn.Module):
 
 
 def compile_blocks(model: RS2SAM2, **options) -> int:
-    """Compile in place what is large or repeated: the blocks of SAM 2's image encoder, the layers of the union encoder, the
-    mask decoder. The model stays the object it is.
+    """Compile in place what a step spends its time on: the blocks of SAM 2's image encoder and the layers of the union encoder.
+    The model stays the object it is.
 
     Blocks of one kind and shape have one graph between them, so the first step comes several times sooner than with a graph
     of the whole model. Sizes are no variables: kernels for fixed ones are faster, and few occur. options: of torch.compile.
@@ -211,9 +211,9 @@ def compile_blocks(model: RS2SAM2, **options) -> int:
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # of graphs; torch 2.6's name
     stacks = [m for m in model.union_encoder.modules() if isinstance(m, nn.ModuleList)]
     blocks, layers = model.image_encoder.trunk.blocks, [layer for stack in stacks for layer in stack]
-    for module in [*blocks, *layers, model.mask_decoder]:
+    for module in [*blocks, *layers]:
         module.compile(dynamic=False, **options)
-    return len({(str(b), b.block.window_size) for b in blocks} | {str(layer) for layer in layers}) + 1
+    return len({(str(b), b.block.window_size) for b in blocks} | {str(layer) for layer in layers})
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
