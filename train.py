@@ -69,22 +69,12 @@ from evaluate import best_median_worst, print_results, results_by_group, score, 
 from losses import total_loss
 from model import RS2SAM2, compile_blocks
 from presets import Preset, Recipe, learning_rate
-from runtime import devices
+from runtime import devices, processes
 from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
 from runtime.optimizers import optimizers_for, parameter_groups
-from runtime.processes import (
-    gather,
-    joined_gradients,
-    launch,
-    launched,
-    process_group,
-    processes_for,
-    rank,
-    rank_0_first,
-    world_size,
-)
+from runtime.processes import gather, joined_gradients, rank, rank_0_first, world_size
 from runtime.progress import Progress
 from runtime.recording import Recorded
 from runtime.run_folder import RunFolder, free_run, revision
@@ -355,14 +345,14 @@ def main(arguments: list[str] | None = None, edit=None, left_out: tuple[str, ...
     """Train as the command line says. An ablation gives `edit`, which changes the built model, and what that leaves out."""
     stop = StopSignal()
     stop.watch()
-    with process_group(), exit_on_user_error("train.py"), devices.card_failures():
+    with processes.process_group(), exit_on_user_error("train.py"), devices.card_failures():
         with rank_0_first():
             args, checkpoint = parse(arguments)
             preset, recipe = resolve(args.model, args.set, checkpoint, resume=bool(args.resume))
             device = pick_device(args.gpus)
-            processes = processes_for(args.gpus, recipe.cpu_processes, recipe.batch_size, args.accumulate)
-            if not launched() and processes > 1:
-                return launch(processes)
+            number = processes.processes_for(args.gpus, recipe.cpu_processes, recipe.batch_size, args.accumulate)
+            if number > 1 and not processes.launched():
+                return processes.launch(number)
             if args.out and not args.resume and RunFolder(args.out).taken():
                 raise UserError(f"{args.out} holds another run: choose a new --out, or go on with it by --resume {args.out}")
             model, train_set, val_set = prepare(args, preset, recipe, checkpoint, edit)
