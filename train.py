@@ -74,7 +74,7 @@ from runtime.averaging import AveragedWeights
 from runtime.devices import autocast, compute_dtype, default_workers, pick_device, to_device
 from runtime.errors import UserError, exit_on_user_error
 from runtime.optimizers import optimizers_for, parameter_groups
-from runtime.processes import gather, joined_gradients, rank, rank_0_first, world_size
+from runtime.processes import gather, joined_gradients, rank, rank_0_first, share_weights, world_size
 from runtime.progress import Progress
 from runtime.recording import Recorded
 from runtime.run_folder import RunFolder, free_run, revision
@@ -128,10 +128,12 @@ class Run:
             dataset.image_size, dataset.encoder_size = model.preset.image_size, model.union_encoder.image_size
         model.text_weight.requires_grad_(any("boundary" in term for term in recipe.losses))  # else it has no gradient
         self.model = on_device(model, device)
+        if world_size() > 1:
+            share_weights(model)
         self.model.image_encoder.checkpoint_activations = args.checkpoint_activations
         self.optimizers = optimizers_for(model, recipe)
         self.trained = [p for group in self.groups() for p in group["params"]]
-        self.gradients = joined_gradients(self.model, self.trained) if world_size() > 1 else None
+        self.gradients = joined_gradients(self.trained) if world_size() > 1 else None
         fp16 = device.type == "cuda" and compute_dtype() == torch.float16  # whose range is too small for gradients
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.backward = Recorded(partial(backward, self), self.trained, enabled=device.type == "cuda")

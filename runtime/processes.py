@@ -109,13 +109,16 @@ def gather(value) -> list:
     return values
 
 
-def joined_gradients(model: nn.Module, trained: Sequence[Tensor]) -> Tensor:
-    """Give the model of every process rank 0's weights, since machines may round what one seed draws differently, and the
-    `trained` ones gradients of zero that are parts of one tensor (n,), which is returned: one exchange averages all.
-
-    They have to stay where they are: `zero_grad(set_to_none=False)`."""
+def share_weights(model: nn.Module) -> None:
+    """Give the model of every process rank 0's weights, since machines may round what one seed draws differently."""
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
+
+
+def joined_gradients(trained: Sequence[Tensor]) -> Tensor:
+    """Give these weights gradients of zero that are parts of one tensor (n,), which is returned: one exchange averages all.
+
+    They have to stay where they are: `zero_grad(set_to_none=False)`."""
     joined = torch.zeros(sum(p.numel() for p in trained), dtype=trained[0].dtype, device=trained[0].device)
     for p, part in zip(trained, joined.split([p.numel() for p in trained])):
         p.grad = part.view_as(p)

@@ -335,7 +335,8 @@ def test_processes_share_rank_0s_weights_and_average_their_gradients_at_once(tmp
     def process(number):
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=number, world_size=2)
         torch.manual_seed(number)
-        joined = processes.joined_gradients(model := nn.Linear(3, 1), [model.bias, model.weight])
+        processes.share_weights(model := nn.Linear(3, 1))
+        joined = processes.joined_gradients([model.bias, model.weight])
         model(torch.tensor([[1.0, 2.0, 3.0]]) * (number + 1)).sum().backward()
         dist.all_reduce(joined.div_(2))
         torch.save([model.state_dict(), joined, model.weight.grad], tmp_path / str(number))
